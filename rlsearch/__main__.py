@@ -1,0 +1,5 @@
+"""``python -m rlsearch`` is ``rlsearch``."""
+
+from rlsearch.cli import main
+
+main()

@@ -1,0 +1,181 @@
+"""How data flow through a model: copies that allocate nothing, and the model as a chain of segments.
+
+A *segment* is a piece of the forward pass with one tensor in and one tensor out: the stem, a unit with whatever runs
+before it, or the head. Costs are measured a segment at a time, and Learn&Drop cuts between two segments. Where a model
+cannot be cut (a skip connection that spans several units, say), its pieces stay together in one segment.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlsearch.errors import ModelError
+
+STEM = "stem"
+HEAD = "head"
+
+_GUESSED_SIZES = (32, 64, 224)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the forward pass between two single tensors.
+
+    Attributes:
+        name: ``stem``, ``head``, or the name of the last unit in it.
+        module: one tensor in, one tensor out; it shares its submodules with the model.
+        units: the names of the units in it, in forward order; empty for stem and head.
+    """
+
+    name: str
+    module: nn.Module
+    units: tuple[str, ...]
+
+
+def fake_copy(model: nn.Module) -> tuple[FakeTensorMode, nn.Module]:
+    """A copy of ``model`` whose parameters and buffers are fake: shapes and types, no memory.
+
+    Returns:
+        the mode under which the copy is to be run, and the copy (on the fake CPU, whatever the model's device).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, object] = {}
+    with mode:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = fake
+        return mode, copy.deepcopy(model, memo)
+
+
+def example_shape(model: nn.Module) -> tuple[int, ...]:
+    """A shape of one input that the model accepts, (1, C, H, W), guessed from its first convolution.
+
+    Raises:
+        ModelError: the model has no convolution, or accepts none of the sizes that are tried.
+    """
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise ModelError("example_input: the model has no convolution to guess an input from; pass example_input=")
+    sizes = list(_GUESSED_SIZES)
+    declared = getattr(model, "image_size", None)
+    if isinstance(declared, int):
+        sizes.insert(0, declared)
+    reasons = []
+    mode, fake = fake_copy(model)
+    fake.eval()
+    for size in sizes:
+        shape = (1, first.in_channels, size, size)
+        try:
+            with mode, torch.no_grad():
+                fake(torch.empty(shape))
+        except Exception as error:  # noqa: BLE001  # a user's model may fail in any way; all reasons are shown
+            reasons.append(f"{shape}: {error}")
+            continue
+        return shape
+    raise ModelError("example_input: the model accepts no guessed input; pass example_input=\n" + "\n".join(reasons))
+
+
+def split(model: nn.Module, unit_names: Sequence[str]) -> list[Segment]:
+    """The model as segments in forward order: stem, one a unit, head.
+
+    Args:
+        model: a model of one input tensor and one output tensor.
+        unit_names: the units, in forward order, as `rlsearch.find_units` gives them.
+
+    Raises:
+        ModelError: the model's own forward cannot be traced symbolically (its units and other submodules are not
+            looked into, so only data-dependent control flow between them is in the way).
+    """
+    graph = _trace(model, unit_names)
+    boundaries = _boundaries(graph, unit_names)
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    start = next(node for node in nodes if node.op == "placeholder")
+    output = next(node for node in nodes if node.op == "output")
+    ends = [*boundaries, output.args[0]]
+    segments: list[Segment] = []
+    for end in ends:
+        assert isinstance(end, fx.Node)  # _boundaries yields nodes, and _trace refuses other outputs
+        part = [node for node in nodes if position[start] < position[node] <= position[end]]
+        units = tuple(str(node.target) for node in part if node.op == "call_module" and node.target in set(unit_names))
+        name = units[-1] if units else (STEM if not segments else HEAD)
+        segments.append(Segment(name, _extract(model, graph, start, end, part), units))
+        start = end
+    return segments
+
+
+class _Tracer(fx.Tracer):
+    """Traces the flow between units; units and submodules that hold none stay whole."""
+
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__()
+        self._opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._opened
+
+
+def _trace(model: nn.Module, unit_names: Sequence[str]) -> fx.Graph:
+    opened = {name.rsplit(".", depth)[0] for name in unit_names for depth in range(1, name.count(".") + 1)}
+    try:
+        traced = fx.GraphModule(model, _Tracer(opened).trace(model))
+    except Exception as error:  # tracing runs the user's own forward, which may fail in any way
+        raise ModelError(f"the forward pass of {type(model).__name__} cannot be traced: {error}") from error
+    graph = traced.graph
+    graph.eliminate_dead_code()
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    output = next(node for node in graph.nodes if node.op == "output")
+    if len(inputs) != 1 or not isinstance(output.args[0], fx.Node):
+        raise ModelError(f"{type(model).__name__} must take one tensor and give one tensor")
+    return graph
+
+
+def _boundaries(graph: fx.Graph, unit_names: Sequence[str]) -> list[fx.Node]:
+    """The nodes after which the forward pass can be cut: where one value alone is alive.
+
+    After the stem (if it has work to do) and after each unit.
+    """
+    names = set(unit_names)
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    last_use = {node: max((position[user] for user in node.users), default=position[node]) for node in nodes}
+
+    def alive_after(index: int) -> list[fx.Node]:
+        computed = nodes[: index + 1]
+        return [node for node in computed if last_use[node] > index and node.op != "get_attr"]
+
+    found = []
+    units = [node for node in nodes if node.op == "call_module" and node.target in names]
+    if units:
+        # The stem ends where the first unit's input is made.
+        source = units[0].args[0]
+        if isinstance(source, fx.Node) and source.op != "placeholder":
+            alive = alive_after(position[source])
+            if alive == [source]:
+                found.append(source)
+    found += [node for node in units if alive_after(position[node]) == [node]]
+    output = next(node for node in nodes if node.op == "output")
+    return [node for node in found if node is not output.args[0]]
+
+
+def _extract(
+    model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, part: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """The nodes of ``part`` as a module from ``start``'s value to ``end``'s."""
+    piece = fx.Graph()
+    copies = {start: piece.placeholder("features")}
+    for node in graph.nodes:
+        # Constants and parameters are read again in every segment that uses them.
+        needed = any(user in part for user in node.users) if node.op == "get_attr" else node in part
+        if needed:
+            copies[node] = piece.node_copy(node, lambda n: copies[n])
+    piece.output(copies[end])
+    return fx.GraphModule(model, piece)

@@ -1,0 +1,223 @@
+"""The artefact of a search: a training policy, as frozen dataclasses and as ``policy.json``.
+
+A policy says which units of a model are replaced and by which block (Replacement Learning), and when units that have
+stopped learning leave training (Learn&Drop). It knows nothing of torch: what a block or a score *is* stands in
+`rlsearch.replacement` and `rlsearch.learn_drop`; here is only what can be written down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rlsearch.config import from_mapping, typed, unknown_keys
+from rlsearch.errors import ConfigError, Problem, suggestion
+from rlsearch.files import write_atomic
+
+SCHEMA = "rlsearch.policy/1"
+SCORES = ("param_change",)
+FEATURES = ("recompute", "stored")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by name, as `rlsearch.build_model` takes it.
+
+    Attributes:
+        name: a built-in or torchvision name, or ``package.module:factory``.
+        num_classes: the width of the classifier's output.
+        kwargs: further arguments of the model's constructor.
+        weights: where training starts: None (from scratch), a local file, or a name of torchvision's weights.
+        download: whether torchvision's named weights may be fetched from the network.
+    """
+
+    name: str
+    num_classes: int = 10
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    download: bool = False
+
+    def problems(self, key: str = "model") -> list[Problem]:
+        """What is out of range, each with its key."""
+        if self.num_classes < 1:
+            return [Problem(f"{key}.num_classes", f"must be at least 1, got {self.num_classes}")]
+        return []
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One unit and the block that stands in for it.
+
+    Attributes:
+        unit: the unit's name, as `rlsearch.find_units` gives it.
+        block: the kind of block (``skip``, ``scalar``, ``channel``).
+        options: the block's options (``init``, ``boundary``); each block checks its own.
+    """
+
+    unit: str
+    block: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LearnDrop:
+    """When units that have stopped learning leave training.
+
+    Attributes:
+        score: how learning is measured; ``param_change`` is the relative change of a unit's parameters.
+        threshold: a unit counts as settled while its smoothed score is below this (> 0).
+        patience: for how many intervals in a row it must be settled (>= 1).
+        interval: epochs between two measurements (>= 1).
+        warmup: the share of the run in which nothing is dropped, in [0, 1].
+        max_fraction: the greatest share of the layers (stem and units) that may be dropped, in [0, 1].
+        features: ``recompute`` runs the dropped prefix without gradient; ``stored`` keeps its outputs instead.
+    """
+
+    score: str = "param_change"
+    threshold: float = 0.01
+    patience: int = 2
+    interval: int = 1
+    warmup: float = 0.2
+    max_fraction: float = 0.8
+    features: str = "recompute"
+
+    def problems(self, key: str = "learn_drop") -> list[Problem]:
+        """What is out of range, each with its key."""
+        found = []
+        if self.score not in SCORES:
+            found.append(Problem(f"{key}.score", f"unknown score {self.score!r}{suggestion(self.score, SCORES)}"))
+        if self.features not in FEATURES:
+            found.append(
+                Problem(f"{key}.features", f"unknown value {self.features!r}{suggestion(self.features, FEATURES)}")
+            )
+        if not (math.isfinite(self.threshold) and self.threshold > 0):
+            found.append(Problem(f"{key}.threshold", f"must be a finite number above 0, got {self.threshold}"))
+        for name in ("patience", "interval"):
+            if getattr(self, name) < 1:
+                found.append(
+                    Problem(f"{key}.{name}", f"must be a whole number of at least 1, got {getattr(self, name)}")
+                )
+        for name in ("warmup", "max_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(Problem(f"{key}.{name}", f"must be in [0, 1], got {getattr(self, name)}"))
+        return found
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is replaced and by what, and the Learn&Drop settings.
+
+    Attributes:
+        model: the model that the policy is for, or None for a policy that is not bound to one.
+        replacements: at most one a unit; their order has no meaning.
+        learn_drop: the Learn&Drop settings, or None to train every layer to the end.
+        provenance: where the policy comes from; not part of its identity.
+    """
+
+    model: ModelSpec | None = None
+    replacements: tuple[Replacement, ...] = ()
+    learn_drop: LearnDrop | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is plain end-to-end training."""
+        return not self.replacements and self.learn_drop is None
+
+    @property
+    def hash(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the canonical form, without the provenance."""
+        identity = {key: value for key, value in self.to_dict().items() if key != "provenance"}
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``policy.json``: replacements sorted by unit, plain types only."""
+        content: dict[str, Any] = {"schema": SCHEMA}
+        if self.model is not None:
+            model = {"name": self.model.name, "num_classes": self.model.num_classes, "kwargs": dict(self.model.kwargs)}
+            if self.model.weights is not None:
+                model["weights"] = self.model.weights
+            content["model"] = model
+        content["replacements"] = [
+            {"unit": item.unit, "block": item.block, "options": dict(item.options)}
+            for item in sorted(self.replacements, key=lambda item: item.unit)
+        ]
+        content["learn_drop"] = None if self.learn_drop is None else asdict(self.learn_drop)
+        content["provenance"] = dict(self.provenance)
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Any, source: str = "policy") -> Policy:
+        """The policy that `to_dict` wrote.
+
+        Raises:
+            ConfigError: unknown keys, wrong types and values out of range, all at once.
+        """
+        problems: list[Problem] = []
+        policy = _parse(content, problems)
+        if problems or policy is None:
+            raise ConfigError(problems, source)
+        return policy
+
+    def save(self, path: str | Path) -> None:
+        """Writes ``policy.json``, whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=False, allow_nan=False) + "\n"
+        write_atomic(Path(path), text.encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Reads ``policy.json``.
+
+        Raises:
+            ConfigError: the file cannot be read, is no JSON (truncated, say), or is no valid policy.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}")], str(path)) from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            message = f"is not valid JSON ({error}); it may be truncated: export the policy again"
+            raise ConfigError([Problem("", message)], str(path)) from None
+        return cls.from_dict(content, str(path))
+
+    def bound_to(self, model: ModelSpec) -> Policy:
+        """The same policy for ``model``."""
+        return replace(self, model=model)
+
+
+def _parse(content: Any, problems: list[Problem]) -> Policy | None:
+    if typed(content, dict, "", problems) is None:
+        return None
+    unknown_keys(content, ("schema", "model", "replacements", "learn_drop", "provenance"), "", problems)
+    if content.get("schema") != SCHEMA:
+        problems.append(Problem("schema", f"must be {SCHEMA!r}, got {content.get('schema')!r}"))
+    model = content.get("model")
+    learn_drop = content.get("learn_drop")
+    policy = Policy(
+        model=None if model is None else from_mapping(ModelSpec, model, "model", problems),
+        replacements=_parse_replacements(content.get("replacements", []), problems),
+        learn_drop=None if learn_drop is None else from_mapping(LearnDrop, learn_drop, "learn_drop", problems),
+        provenance=typed(content.get("provenance", {}), dict, "provenance", problems) or {},
+    )
+    return None if problems else policy
+
+
+def _parse_replacements(content: Any, problems: list[Problem]) -> tuple[Replacement, ...]:
+    if typed(content, list, "replacements", problems) is None:
+        return ()
+    parsed: dict[str, Replacement] = {}
+    for index, item in enumerate(content):
+        key = f"replacements[{index}]"
+        replacement = from_mapping(Replacement, item, key, problems)
+        if replacement is None:
+            continue
+        if replacement.unit in parsed:
+            problems.append(Problem(f"{key}.unit", f"{replacement.unit!r} is replaced twice; keep one of the two"))
+        parsed[replacement.unit] = replacement
+    return tuple(sorted(parsed.values(), key=lambda item: item.unit))

@@ -1,0 +1,103 @@
+"""The front of a run in a terminal: a table, the pick, what it saves, and whether its controls beat it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlsearch.results.comparison import BEATS, control_verdicts
+from rlsearch.results.describe import LABELS, describe_difference, describe_savings, describe_trial, describe_value
+from rlsearch.results.selection import (
+    Selection,
+    baseline,
+    candidates,
+    counts,
+    front,
+    normalised_hypervolume,
+    record_of,
+    select,
+)
+from rlsearch.results.tables import Run, TrialRecord
+from rlsearch.results.where import Condition
+
+
+def render_front(
+    run: Run, console: Console, selected: Selection | None = None, where: Sequence[Condition] = ()
+) -> None:
+    """Prints the front, the baseline first, then the pick and what it saves.
+
+    Args:
+        run: the run.
+        console: where to print.
+        selected: the pick; None for the knee.
+        where: conditions that the trials of the front must meet.
+
+    Raises:
+        UserError, RunFolderError: as `rlsearch.results.select`, where ``selected`` is None.
+    """
+    pick = selected or select(run, where=where)
+    console.print(front_table(run, pick, where))
+    for line in front_lines(run, pick, where):
+        console.print(line)
+
+
+def front_table(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> Table:
+    """The front as a table: each value above its difference to the baseline; a star marks the pick."""
+    reference = baseline(run)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table.add_column("trial", justify="right", no_wrap=True)
+    for name in run.objectives:
+        table.add_column(LABELS[name], justify="right", no_wrap=True)
+    table.add_column("policy", overflow="fold")
+    rows = front(run, where)
+    if reference is not None:
+        rows = [reference, *(record for record in rows if record.trial != reference.trial)]
+    for record in rows:
+        style = "bold" if record.trial == pick.trial else ""
+        cells = [_cell(name, record, reference) for name in run.objectives]
+        number = f"★ {record.trial}" if record.trial == pick.trial else str(record.trial)
+        table.add_row(Text(number), *cells, Text(_title(record, reference)), style=style)
+    return table
+
+
+def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> list[Text]:
+    """What stands below the table: counts, hypervolume, the pick and why, what it saves, the controls."""
+    members = front(run, where)
+    reference = baseline(run)
+    states = ", ".join(f"{number} {state}" for state, number in counts(run).items() if number)
+    on_it = ""
+    if reference is not None:
+        on_it = f"; the baseline is {'' if reference in members else 'not '}on it"
+    volume = normalised_hypervolume(run)
+    among = len(candidates(run, where))
+    asked = f" with {' and '.join(map(str, where))}" if where else ""
+    chosen = record_of(run, pick.trial)
+    lines = [
+        Text(f"front: {len(members)} of the {among} complete trials{asked}{on_it} ({states})"),
+        Text("hypervolume: " + ("not defined without a baseline" if volume is None else f"{volume:.4f}")),
+        Text(f"★ trial {pick.trial} is {pick.why}", style="bold"),
+        Text(f"  against the end-to-end baseline: {describe_savings(run, chosen)}"),
+    ]
+    for verdict in control_verdicts(run, chosen):
+        lines.append(Text(f"  {verdict.sentence}", style="" if verdict.verdict == BEATS else "yellow"))
+    return lines
+
+
+def _title(record: TrialRecord, reference: TrialRecord | None) -> str:
+    """The policy, and where it comes from when no sampler proposed it."""
+    policy = describe_trial(record, reference)
+    if record.origin == "baseline":
+        return f"baseline: {policy}"
+    return policy if record.origin == "sampler" else f"{policy} ({record.origin})"
+
+
+def _cell(name: str, record: TrialRecord, reference: TrialRecord | None) -> Text:
+    if reference is None or record.trial == reference.trial:
+        return Text(describe_value(name, record.metric(name)))
+    value = Text(describe_value(name, record.metric(name), scale=reference.metric(name)))
+    change = describe_difference(name, record.metric(name), reference.metric(name))
+    return value.append("\n").append(change, style="dim not bold")

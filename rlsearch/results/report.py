@@ -1,0 +1,207 @@
+"""``report.html`` and ``front.png``: a run as one offline file to read and to pass on, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from rlsearch.errors import RunFolderError
+from rlsearch.files import write_atomic
+from rlsearch.results import page
+from rlsearch.results.charts import curves_chart, front_chart, hypervolume_chart, units_chart
+from rlsearch.results.comparison import BEATS, control_verdicts
+from rlsearch.results.describe import (
+    HEADLINE,
+    LABELS,
+    describe_difference,
+    describe_savings,
+    describe_trial,
+    describe_value,
+)
+from rlsearch.results.figures import front_png, run_title
+from rlsearch.results.selection import (
+    REFERENCE_FACTOR,
+    Selection,
+    baseline,
+    candidates,
+    counts,
+    front,
+    record_of,
+    select,
+)
+from rlsearch.results.tables import Run, TrialRecord
+
+
+def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
+    """Writes ``report.html`` and ``front.png`` into the run's folder, each whole or not at all.
+
+    Args:
+        run: a run with at least one complete trial.
+        key: the pick, as `rlsearch.results.select` takes it.
+
+    Returns:
+        ``{"report": path, "front": path}``.
+
+    Raises:
+        UserError: an unknown key.
+        RunFolderError: no trial is complete, a table of the run is damaged, or the folder cannot be written to.
+    """
+    pick = select(run, key)
+    contents = {"report": report_html(run, pick).encode(), "front": front_png(run, pick)}
+    paths = {"report": run.folder / "report.html", "front": run.folder / "front.png"}
+    for name, path in paths.items():
+        try:
+            write_atomic(path, contents[name])
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return paths
+
+
+def write_front(run: Run, key: str = "knee") -> Path:
+    """Writes ``front.png`` alone.
+
+    Raises:
+        UserError, RunFolderError: as `write_report`.
+        OSError: the folder is full or not writable.
+    """
+    path = run.folder / "front.png"
+    write_atomic(path, front_png(run, select(run, key)))
+    return path
+
+
+def report_html(run: Run, pick: Selection) -> str:
+    """The content of ``report.html``."""
+    return page.page(f"rlsearch: {run_title(run)}", _body(run, pick))
+
+
+def _body(run: Run, pick: Selection) -> Iterable[str]:
+    yield page.heading(run_title(run))
+    yield page.text(_subtitle(run), "muted")
+    yield _pick_section(run, pick)
+    yield page.section(
+        "The front",
+        page.chart(front_chart(run, pick), "front-chart"),
+        note="Each point is a trained policy; the dashed lines are the baseline. Point at one for its policy.",
+    )
+    yield page.section(
+        "Trials on the front", _front_table(run, pick), note="Below each value, the difference to the baseline."
+    )
+    units = units_chart(run, pick)
+    if units is not None:
+        yield page.section(
+            "What the front replaces",
+            page.chart(units, "units-chart"),
+            note="One row a policy on the front, one column a unit that any trial replaced; empty means left as it is.",
+        )
+    small = [
+        page.section(title, page.chart(figure, name), note=note)
+        for title, figure, name, note in (
+            ("Hypervolume", hypervolume_chart(run), "hypervolume-chart", _HYPERVOLUME),
+            ("Accuracy by epoch", curves_chart(run, pick), "curves-chart", _CURVES),
+        )
+        if figure is not None
+    ]
+    if small:
+        yield page.columns(*small)
+    yield _failures_section(run)
+    yield page.section("All trials and the search space", _all_trials(run), _space(run))
+
+
+_HYPERVOLUME = (
+    "The share of the objective space that the trials dominate, after each trial. The reference is "
+    f"{REFERENCE_FACTOR:g} times the baseline in every cost, and nothing of what is maximised."
+)
+_CURVES = "On the validation split. Orange: the pick; black: the baseline; blue: the rest of the front."
+
+
+def _subtitle(run: Run) -> str:
+    ended = [record.ended for record in run.records if record.ended is not None]
+    states = ", ".join(f"{number} {state}" for state, number in counts(run).items() if number)
+    goals = ", ".join(f"{direction} {name}" for name, direction in run.objectives.items())
+    when = f"; last trial ended {max(ended):%Y-%m-%d %H:%M} UTC" if ended else ""
+    return f"{run.folder.resolve().name}: {len(run.records)} trials ({states}); {goals}{when}"
+
+
+def _pick_section(run: Run, pick: Selection) -> str:
+    """The pick in figures, why it is the pick, and whether it beats its controls."""
+    chosen, reference = record_of(run, pick.trial), baseline(run)
+    names = [*reversed(HEADLINE), *(name for name in run.objectives if name not in HEADLINE)]
+    items = [_card(name, chosen.metric(name), None if reference is None else reference.metric(name)) for name in names]
+    verdicts = [(item.sentence, "" if item.verdict == BEATS else "warn") for item in control_verdicts(run, chosen)]
+    return page.section(
+        f"The pick: trial {pick.trial}",
+        page.preformatted(describe_trial(chosen, reference)),
+        page.cards(items),
+        page.text(f"It is {pick.why}. Against the end-to-end baseline: {describe_savings(run, chosen)}."),
+        page.bullets(verdicts),
+        page.text("Each trial was trained once: differences within the noise between seeds decide nothing.", "muted"),
+    )
+
+
+def _card(name: str, value: float | None, base: float | None) -> tuple[str, str, str]:
+    """A metric's label, its difference to the baseline, and the two values; the value alone where there is none."""
+    shown = describe_value(name, value, base)
+    change = describe_difference(name, value, base)
+    return (
+        (LABELS[name], change, f"{shown}; baseline {describe_value(name, base)}")
+        if change
+        else (LABELS[name], shown, "")
+    )
+
+
+def _front_table(run: Run, pick: Selection) -> str:
+    """The baseline, the front, and the controls that are not on it."""
+    reference = baseline(run)
+    members = front(run)
+    shown = {record.trial for record in members}
+    controls = [item for item in candidates(run) if item.origin.endswith("control") and item.trial not in shown]
+    rows = [] if reference is None else [_row(run, reference, reference, pick, "end-to-end baseline")]
+    for record in members:
+        if reference is None or record.trial != reference.trial:
+            rows.append(_row(run, record, reference, pick, "" if record.origin == "sampler" else record.origin))
+    rows += [_row(run, record, reference, pick, f"{record.origin}, dominated") for record in controls]
+    head = ["trial", *(LABELS[name] for name in run.objectives), "policy"]
+    return page.table(head, rows, range(len(run.objectives) + 1))
+
+
+def _row(run: Run, record: TrialRecord, reference: TrialRecord | None, pick: Selection, note: str) -> page.Row:
+    cells = [page.Cell(f"★ {record.trial}" if record.trial == pick.trial else str(record.trial))]
+    for name in run.objectives:
+        base = None if reference is None else reference.metric(name)
+        change = "" if record is reference else describe_difference(name, record.metric(name), base)
+        cells.append(page.Cell(describe_value(name, record.metric(name), base), change))
+    cells.append(page.Cell(describe_trial(record, reference), note))
+    return page.Row(tuple(cells), "strong pick" if record.trial == pick.trial else "")
+
+
+def _failures_section(run: Run) -> str:
+    """The trials without a result, and why: a search that hides them cannot be judged."""
+    rows = [
+        page.Row((str(record.trial), record.state, record.reason or "–", describe_trial(record, baseline(run))))
+        for record in run.records
+        if record.state != "COMPLETE"
+    ]
+    if not rows:
+        return page.section("Trials that did not complete", page.text("None.", "muted"))
+    return page.section("Trials that did not complete", page.table(["trial", "state", "reason", "policy"], rows, [0]))
+
+
+def _all_trials(run: Run) -> str:
+    names = list(run.objectives)
+    reference = baseline(run)
+    rows = []
+    for record in run.records:
+        values = (
+            describe_value(name, record.metric(name), None if reference is None else reference.metric(name))
+            for name in names
+        )
+        rows.append(page.Row((str(record.trial), record.state, *values, describe_trial(record, reference))))
+    head = ["trial", "state", *(LABELS[name] for name in names), "policy"]
+    return page.folded(f"All {len(rows)} trials", page.table(head, rows, [0, *range(2, 2 + len(names))]))
+
+
+def _space(run: Run) -> str:
+    content = yaml.safe_dump(dict(run.space), sort_keys=False, allow_unicode=True)
+    return page.folded("The search space (space.yaml)", page.preformatted(content))

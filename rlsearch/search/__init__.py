@@ -1,0 +1,1 @@
+"""Searches many trials: the only part that knows Ray and Optuna."""

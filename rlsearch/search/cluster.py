@@ -1,0 +1,198 @@
+"""Ray for one search: started with an explicit address, quiet, and gone without a trace afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsearch.errors import ConfigError, Problem, SearchError
+from rlsearch.search.watchdog import start_watchdog
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # a search phones nobody
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own progress output; the other one is off by verbosity
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a search space are the user's
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tomorrow's behaviour, without the note about it
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers run in this environment, whatever started the driver
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run's tables are written from the study
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `rlsearch.search.interrupts` has the signals
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # a resume never reads Tune's own state
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost worker is told by the run's own progress
+    "TUNE_WARN_THRESHOLD_S": "60",  # proposing a policy may well take longer than Tune's half a second
+}
+# Ray wants at least 75 MiB; the images lie there once, with room for what Ray itself puts beside them.
+_OBJECT_STORE_BYTES = 128 * 2**20
+# Ray puts sockets some 60 characters below its folder, and a socket's path has at most 107.
+_LONGEST_FOLDER = 40
+# What a CUDA context and the libraries' kernels take, beside the tensors that the prediction counts.
+_CUDA_CONTEXT_BYTES = 2**30
+_MEMORY_SLACK = 1.5
+_MOST_TRIALS_A_GPU = 8
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many trials run at once, and what each of them gets.
+
+    Attributes:
+        count: trials at once (>= 1).
+        cpu: CPU cores of one trial.
+        gpu: the share of one GPU, or whole GPUs; 0 for training on the CPU.
+    """
+
+    count: int
+    cpu: float
+    gpu: float
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a trial's process may keep busy."""
+        return max(1, int(self.cpu))
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]:
+    """Ray, from start to end: a cluster of this machine alone, or a connection to one that exists.
+
+    Args:
+        address: ``local``, or the address of a running cluster.
+        shared_bytes: what will be put into the object store once.
+
+    Yields:
+        a folder for Tune's own files, removed afterwards with all processes of a local cluster, even if this process
+        is killed.
+
+    Raises:
+        SearchError: Ray cannot be started, or the cluster cannot be reached.
+    """
+    import ray
+
+    with _environment(_ENVIRONMENT), _temporary_folder() as folder:
+        started = not ray.is_initialized()
+        if started:
+            _start(address, folder, shared_bytes)
+        try:
+            yield folder
+        finally:
+            if started:
+                ray.shutdown()
+
+
+def plan_slots(
+    cpu: float,
+    gpu: float | None,
+    predicted_bytes: int,
+    resources: Mapping[str, float],
+    gpu_bytes: int | None = None,
+    most: int | None = None,
+) -> Slots:
+    """How many trials fit at once.
+
+    Args:
+        cpu: cores of one trial.
+        gpu: GPUs of one trial; None for ``auto``: as many trials share a GPU as its memory and the cores allow, at
+            most eight, for beyond that they only wait for each other.
+        predicted_bytes: the memory of the largest trial, as predicted.
+        resources: the cluster's ``CPU`` and ``GPU``, as Ray counts them.
+        gpu_bytes: the memory of one GPU, where it is known.
+        most: never more trials than this.
+
+    Raises:
+        ConfigError: one trial asks for more than there is.
+    """
+    cores, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    problems = []
+    if cpu > cores:
+        problems.append(Problem("resources.cpu", f"must be at most the {cores:g} cores there are, got {cpu:g}"))
+    if gpu is not None and gpu > gpus:
+        rule = f"must be at most the {gpus:g} GPUs there are, got {gpu:g}; auto takes what there is"
+        problems.append(Problem("resources.gpu", rule))
+    if problems:
+        raise ConfigError(problems, "search space")
+    by_cores = int(cores // cpu)
+    if gpu is None:
+        share = _trials_a_gpu(predicted_bytes, gpu_bytes, by_cores, gpus)
+        gpu = 1 / share if gpus else 0.0
+    count = by_cores
+    if gpu:
+        a_gpu = int(1 / gpu + 1e-9)  # 1/3 is less than a third
+        count = min(by_cores, int(gpus) * a_gpu if gpu <= 1 else int(gpus // gpu))
+    return Slots(max(1, min(count, most or count)), cpu, gpu)
+
+
+def gpu_memory_bytes() -> int | None:
+    """The memory of this machine's smallest GPU; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return min(int(torch.cuda.get_device_properties(i).total_memory) for i in range(torch.cuda.device_count()))
+
+
+def machine_cpus() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _trials_a_gpu(predicted_bytes: int, gpu_bytes: int | None, by_cores: int, gpus: float) -> int:
+    if not gpus:
+        return 1
+    share = min(_MOST_TRIALS_A_GPU, max(1, int(by_cores // gpus)))
+    if gpu_bytes is None:
+        return 1
+    one = _MEMORY_SLACK * predicted_bytes + _CUDA_CONTEXT_BYTES
+    return max(1, min(share, int(gpu_bytes // one)))
+
+
+def _start(address: str, folder: Path, shared_bytes: int) -> None:
+    import ray
+
+    options: dict[str, object] = {"address": address}
+    if address == "local":
+        options |= {
+            "num_cpus": machine_cpus(),
+            "include_dashboard": False,
+            "_temp_dir": str(folder),
+            "object_store_memory": _OBJECT_STORE_BYTES + 2 * shared_bytes,
+        }
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        remedy = "give --address local to use this machine alone" if address != "local" else "try again"
+        raise SearchError(f"Ray could not be started at {address!r}: {error}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder with a short path, and the watchdog that removes it."""
+    parent = tempfile.gettempdir()
+    if len(parent) > _LONGEST_FOLDER and os.path.isdir("/tmp"):
+        parent = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="rlsearch-", dir=parent))
+    watchdog = start_watchdog(folder)
+    try:
+        yield folder
+    finally:
+        assert watchdog.stdin is not None  # it was started with a pipe
+        watchdog.stdin.close()
+        watchdog.wait()
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the block alone."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

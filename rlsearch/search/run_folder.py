@@ -1,0 +1,229 @@
+"""The folder of one search: its files, who may write to it, and how its tables follow the study."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import getpass
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from rlsearch._version import __version__
+from rlsearch.errors import RunFolderError
+from rlsearch.files import write_atomic
+from rlsearch.results.tables import TrialRecord, epochs_path, read_epochs, read_trials, write_epochs, write_trials
+from rlsearch.results.tensorboard import write_trial
+
+_LOCK, _SPACE, _STUDY = "run.lock", "space.yaml", "study.db"
+_PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
+
+
+class RunFolder:
+    """The paths of a run, and its tables.
+
+    Attributes:
+        path: the folder, absolute.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+
+    @property
+    def study_path(self) -> Path:
+        """The Optuna study."""
+        return self.path / _STUDY
+
+    @property
+    def trials_path(self) -> Path:
+        """The table of trials."""
+        return self.path / "trials.parquet"
+
+    def checkpoints(self, number: int) -> Path:
+        """Where the state of a running trial and the weights of a complete one lie."""
+        return self.path / "checkpoints" / f"trial-{number:05d}"
+
+    def check_free(self) -> None:
+        """Whether a new search may be started here; nothing is written.
+
+        Raises:
+            RunFolderError: the folder holds a search, or anything else.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunFolderError(f"{self.path}: is a file; give another --run-dir")
+        if (self.path / _SPACE).exists() or self.study_path.exists():
+            raise RunFolderError(
+                f"{self.path}: holds a search already; go on with it by `rlsearch resume {self.path}`, "
+                "or give another --run-dir"
+            )
+        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != _LOCK)
+        if others:
+            raise RunFolderError(
+                f"{self.path}: is not empty ({', '.join(others[:3])}) and holds no run; give another --run-dir"
+            )
+
+    def check_run(self) -> None:
+        """Whether there is a search here that can be resumed.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        if not self.path.is_dir():
+            raise RunFolderError(f"{self.path}: there is no such folder; give the --run-dir of a search")
+        if not self.study_path.is_file():
+            raise RunFolderError(f"{self.study_path}: is missing, so there is no run to resume; restore it from a copy")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The right to write to this folder, for as long as the block runs; makes the folder.
+
+        The kernel holds the lock for the process, so that it is free again however the process ends. What stands in
+        the file only tells others who holds it.
+
+        Raises:
+            RunFolderError: another process holds it; the message says which.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path}: cannot be made ({error.strerror}); give a --run-dir in a folder that you may write to"
+            ) from None
+        file = self.path / _LOCK
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderError(
+                f"{self.path}: is in use by {_holder(file)}; wait for it, or give another --run-dir"
+            ) from None
+        except OSError as error:
+            raise RunFolderError(f"{file}: cannot be locked ({error.strerror}); check who may write to it") from None
+        try:
+            holder = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": _now()}
+            file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+            yield
+        finally:
+            lock.release()
+
+    def write_space(self, space: Mapping[str, Any]) -> None:
+        """Writes the resolved search space, and the versions of what runs it."""
+        write_atomic(self.path / _SPACE, _to_yaml(space).encode())
+        self.write_versions("start")
+
+    def check_space(self, space: Mapping[str, Any]) -> None:
+        """Whether ``space.yaml`` still says what the study was made for; written anew where it is missing.
+
+        Raises:
+            RunFolderError: it was changed; the message shows the difference.
+        """
+        file, expected = self.path / _SPACE, _to_yaml(space)
+        if not file.exists():
+            write_atomic(file, expected.encode())
+            return
+        try:
+            found = _to_yaml(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise RunFolderError(f"{file}: cannot be read ({error}); delete it: a resume writes it anew") from None
+        if found != expected:
+            changes = difflib.unified_diff(expected.splitlines(), found.splitlines(), "study", "space.yaml", "", "", 0)
+            raise RunFolderError(
+                f"{file}: is no longer what this search was started with; undo the change (or delete the file: a "
+                f"resume writes it anew), and start another search for another space:\n" + "\n".join(changes)
+            )
+
+    def write_versions(self, event: str) -> None:
+        """Adds what runs the search now to ``versions.json``."""
+        file = self.path / "versions.json"
+        try:
+            history = json.loads(file.read_text(encoding="utf-8"))["history"]
+        except (OSError, ValueError, KeyError, TypeError):
+            history = []  # it is there for people; a search does not end because of it
+        packages = {name: metadata.version(name) for name in _PACKAGES}
+        now = {"event": event, "at": _now(), "rlsearch": __version__, "python": platform.python_version(), **packages}
+        write_atomic(file, (json.dumps({"history": [*history, now]}, indent=2) + "\n").encode())
+
+    def write_trial(self, record: TrialRecord, epochs: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> None:
+        """Writes what belongs to one trial that has ended."""
+        if epochs:
+            write_epochs(epochs_path(self.path, record.trial), epochs)
+        write_trial(self.path / "tensorboard", record, epochs, objectives)
+        weights = self.checkpoints(record.trial)
+        if record.state in ("COMPLETE", "INFEASIBLE"):
+            (weights / "last.pt").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(weights, ignore_errors=True)
+
+    def write_trials(self, records: Sequence[TrialRecord]) -> None:
+        """Writes the table of trials."""
+        write_trials(self.trials_path, records)
+
+    def follow(self, records: Sequence[TrialRecord], epochs_of: Any, objectives: Sequence[str]) -> None:
+        """Makes tables and TensorBoard say what the study says; what they say already is left alone.
+
+        Args:
+            records: of the study.
+            epochs_of: from a trial's number to its epochs.
+            objectives: of the search.
+        """
+        known = {record.trial: record for record in self._known_records()}
+        for record in records:
+            if known.get(record.trial) != record or not self._has_epochs(record):
+                self.write_trial(record, epochs_of(record.trial), objectives)
+        self.write_trials(records)
+        numbers = {record.trial for record in records}
+        for stray in (self.path / "epochs").glob("trial-*.parquet"):
+            if re.fullmatch(r"trial-\d{5,}", stray.stem) and int(stray.stem.removeprefix("trial-")) not in numbers:
+                stray.unlink()
+
+    def _known_records(self) -> list[TrialRecord]:
+        try:
+            return read_trials(self.trials_path)
+        except RunFolderError:
+            return []  # missing or damaged: all of it is written anew
+
+    def _has_epochs(self, record: TrialRecord) -> bool:
+        """Whether the table of the trial's epochs is whole, and TensorBoard has the trial."""
+        if not (self.path / "tensorboard" / f"trial-{record.trial:05d}" / "result").is_dir():
+            return False
+        try:
+            return len(read_epochs(epochs_path(self.path, record.trial))) == record.fidelity
+        except RunFolderError:
+            return not record.fidelity
+
+
+def _holder(lock: Path) -> str:
+    """Who holds the lock, as far as its text tells."""
+    try:
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} of {holder['user']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return "an unnamed user"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _to_yaml(space: Any) -> str:
+    return yaml.safe_dump(space, sort_keys=False, allow_unicode=True)

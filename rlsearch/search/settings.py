@@ -1,0 +1,179 @@
+"""Settings of a search space: what may be replaced, how long the search goes on, what one trial takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlsearch.config import from_mapping, typed, unknown_keys
+from rlsearch.errors import Problem, suggestion
+from rlsearch.replacement import BLOCKS, BlockKind
+
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+@dataclass(frozen=True)
+class ReplacementSpace:
+    """What may be replaced, and by what.
+
+    Attributes:
+        units: patterns (``layer*``) of the names of the units that may be replaced.
+        blocks: the kinds of block to choose from.
+        max_fraction: the greatest share of those units that one policy may replace, in (0, 1].
+        options: options of the blocks (``init``, ``boundary``); each goes to the blocks that have it.
+    """
+
+    units: tuple[str, ...] = ("*",)
+    blocks: tuple[str, ...] = ("skip", "scalar", "channel")
+    max_fraction: float = 0.5
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how the search goes on.
+
+    Attributes:
+        trials: how many trials the search ends with (>= 1); the baseline and the controls are among them.
+        seed: of the proposals and of every trial's training.
+        time_budget: seconds after which no further trial starts; None for no limit.
+        max_concurrent: how many trials run at once; None for as many as the resources hold.
+        startup_trials: how many trials end before the sampler models what is good; until then it draws at random.
+        max_failures: the search stops when more trials than this have failed.
+        min_epochs: racing's first rung; None for no racing: every trial trains to its end.
+        eta: racing keeps the better 1/eta at every rung, and rungs are min_epochs * eta^k (>= 2).
+    """
+
+    trials: int = 40
+    seed: int = 0
+    time_budget: float | None = None
+    max_concurrent: int | None = None
+    startup_trials: int = 10
+    max_failures: int = 20
+    min_epochs: int | None = None
+    eta: int = 3
+
+    def problems(self, key: str = "search") -> list[Problem]:
+        """What is out of range, each with its key."""
+        least = {"trials": 1, "seed": 0, "max_concurrent": 1, "startup_trials": 1, "max_failures": 0}
+        least |= {"min_epochs": 1, "eta": 2}
+        found = [
+            Problem(f"{key}.{name}", f"must be at least {low}, got {getattr(self, name)}")
+            for name, low in least.items()
+            if getattr(self, name) is not None and getattr(self, name) < low
+        ]
+        if self.seed >= 2**32:
+            found.append(Problem(f"{key}.seed", f"must be below 2^32, got {self.seed}"))
+        return found
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial takes of the machine.
+
+    Attributes:
+        cpu: CPU cores (> 0).
+        gpu: GPUs, possibly a fraction; None (``auto`` in YAML) takes a fraction that fits several trials, where
+            there is a GPU.
+    """
+
+    cpu: float = 1.0
+    gpu: float | None = None
+
+    def problems(self, key: str = "resources") -> list[Problem]:
+        """What is out of range, each with its key."""
+        found = []
+        if not 0 < self.cpu < float("inf"):
+            found.append(Problem(f"{key}.cpu", f"must be a finite number above 0, got {self.cpu}"))
+        if self.gpu is not None and not 0 <= self.gpu < float("inf"):
+            found.append(Problem(f"{key}.gpu", f"must be auto or a finite number of at least 0, got {self.gpu}"))
+        if self.gpu is not None and self.gpu > 1 and self.gpu != int(self.gpu):
+            found.append(Problem(f"{key}.gpu", f"must be whole above 1, got {self.gpu}"))
+        return found
+
+
+def parse_duration(value: object, key: str, problems: list[Problem]) -> float | None:
+    """Seconds of a duration: a number of seconds, or text such as ``2h``, ``90m`` or ``1h30m``; None with a problem."""
+    seconds: float | None = None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?[dhms])+", value.strip()):
+        seconds = sum(float(n) * _SECONDS[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)([dhms])", value))
+    elif isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        seconds = float(value)
+    if seconds is None or not 0 < seconds < float("inf"):
+        problems.append(Problem(key, f"must be a time above 0, as in 2h, 90m, 1h30m or 3600 (seconds), got {value!r}"))
+        return None
+    return seconds
+
+
+def parse_replacement(content: Any, problems: list[Problem]) -> ReplacementSpace | None:
+    key = "space.replacement"
+    if typed(content, dict, key, problems) is None:
+        return None
+    unknown_keys(content, ("units", "blocks", "max_fraction", "options"), key, problems)
+    usual = ReplacementSpace()
+    units = _names(content.get("units", list(usual.units)), f"{key}.units", problems)
+    blocks = _names(content.get("blocks", list(usual.blocks)), f"{key}.blocks", problems)
+    for block in blocks:
+        if block not in BLOCKS:
+            problems.append(Problem(f"{key}.blocks", f"unknown block {block!r}{suggestion(block, BLOCKS)}"))
+    fraction = typed(content.get("max_fraction", usual.max_fraction), float, f"{key}.max_fraction", problems)
+    if fraction is not None and not 0 < fraction <= 1:
+        problems.append(Problem(f"{key}.max_fraction", f"must be above 0 and at most 1, got {fraction}"))
+    options = typed(content.get("options") or {}, dict, f"{key}.options", problems) or {}
+    known = {block: BLOCKS[block] for block in blocks if block in BLOCKS}
+    _check_options(options, known, f"{key}.options", problems)
+    return ReplacementSpace(units, blocks, fraction or usual.max_fraction, options)
+
+
+def parse_search(content: Any, problems: list[Problem]) -> SearchSettings | None:
+    if isinstance(content, dict) and content.get("time_budget") is not None:
+        content = dict(content)
+        seconds = parse_duration(content.pop("time_budget"), "search.time_budget", problems)
+        if seconds is not None:
+            content["time_budget"] = seconds
+    return from_mapping(SearchSettings, content, "search", problems)
+
+
+def parse_resources(content: Any, problems: list[Problem]) -> Resources | None:
+    if isinstance(content, dict) and content.get("gpu") == "auto":
+        content = {**content, "gpu": None}
+    if isinstance(content, dict) and isinstance(content.get("gpu"), str):
+        problems.append(Problem("resources.gpu", f"must be auto or a number, got {content['gpu']!r}"))
+        content = {**content, "gpu": None}
+    return from_mapping(Resources, content, "resources", problems)
+
+
+def _names(value: Any, key: str, problems: list[Problem]) -> tuple[str, ...]:
+    """One name or a list of them, none twice."""
+    values = [value] if isinstance(value, str) else typed(value, list, key, problems)
+    if values is None:
+        return ()
+    if not values:
+        problems.append(Problem(key, "must name at least one"))
+    names = [typed(name, str, f"{key}[{index}]", problems) for index, name in enumerate(values)]
+    for index, name in enumerate(names):
+        if name is not None and name in names[:index]:
+            problems.append(Problem(f"{key}[{index}]", f"{name!r} stands twice; keep one"))
+    return tuple(name for name in names if name is not None)
+
+
+def _check_options(
+    options: Mapping[str, Any], blocks: Mapping[str, BlockKind], key: str, problems: list[Problem]
+) -> None:
+    """Each option must be known to one of the blocks, and hold a value that all which know it accept."""
+    known = sorted({name for kind in blocks.values() for name in kind.options})
+    for name in options:
+        if name not in known:
+            hint = suggestion(str(name), known) or " (they have none)"
+            problems.append(Problem(f"{key}.{name}", f"is no option of the blocks {', '.join(blocks)}{hint}"))
+    for name, value in options.items():
+        rules = dict.fromkeys(
+            kind.options[name].rule
+            for kind in blocks.values()
+            if name in kind.options and not kind.options[name].accepts(value)
+        )
+        problems.extend(Problem(f"{key}.{name}", f"must be {rule}, got {value!r}") for rule in rules)

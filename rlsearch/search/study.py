@@ -1,0 +1,269 @@
+"""The Optuna study of a run, ``study.db``: the one source of truth about its trials.
+
+A trial is written twice. When it is proposed, one write puts down its parameters, policy, training, seed and exact
+constraints, as RUNNING. When it ends, its outcome is written first, with the metrics of every epoch, and its state
+after it: a process that is killed in between leaves a RUNNING trial that has an outcome, which `reconcile` closes.
+
+A trial that an interruption cut short becomes WAITING, Optuna's word for "put in the queue". A resume takes it up again
+under its own number, with the same policy and seed, so that numbers have no gaps, trial 0 stays the baseline, and
+nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from rlsearch.errors import RunFolderError
+from rlsearch.policy import Policy
+from rlsearch.results.tables import METRICS, TrialRecord
+from rlsearch.search.outcome import Outcome
+from rlsearch.search.sampler import Proposal
+from rlsearch.training.loop import TrainingSpec
+
+_OUTCOME = "outcome"
+_SPACE = "space"
+_TARGET = "trials"
+# Optuna's own prefix of a constraint among a trial's system attributes; `Trial.set_constraint` needs a live Trial.
+_CONSTRAINT = "constraints:"
+# How long SQLite waits for another process that reads the study (a dashboard) to let go.
+_LOCK_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial that is to be trained.
+
+    Attributes:
+        number: in the study.
+        policy: what is trained.
+        training: how.
+        seed: of the training.
+        origin: who proposed it.
+    """
+
+    number: int
+    policy: Policy
+    training: TrainingSpec
+    seed: int
+    origin: str
+
+
+class RunStudy:
+    """The study in a file. One process at a time writes to it: the holder of the run folder's lock.
+
+    Attributes:
+        study: as the sampler reads it.
+        objectives: metric to direction, in the order of the study's values.
+    """
+
+    def __init__(self, storage: RDBStorage, study: optuna.Study, objectives: Mapping[str, str]) -> None:
+        self._storage = storage
+        self.study = study
+        self.objectives = dict(objectives)
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+
+    @classmethod
+    def create(cls, path: Path, name: str, space: Mapping[str, Any], target: int) -> RunStudy:
+        """A new study.
+
+        Args:
+            path: the file; it must not exist.
+            name: the study's own name.
+            space: the resolved search space.
+            target: how many trials the search ends with.
+        """
+        _quiet()
+        storage = _storage(path)
+        objectives: dict[str, Literal["minimize", "maximize"]] = space["objectives"]
+        study = optuna.create_study(storage=storage, study_name=name, directions=[*objectives.values()])
+        with warnings.catch_warnings():
+            # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(objectives))
+        study.set_user_attr(_SPACE, dict(space))
+        study.set_user_attr(_TARGET, target)
+        return cls(storage, study, objectives)
+
+    @classmethod
+    def open(cls, path: Path) -> RunStudy:
+        """The study of an existing run.
+
+        Raises:
+            RunFolderError: the file is missing, damaged, or holds another number of studies than one.
+        """
+        _quiet()
+        if not path.is_file():
+            raise RunFolderError(f"{path}: is missing; restore it from a copy: without it nothing can be resumed")
+        _check_intact(path)
+        try:
+            storage = _storage(path)
+            names = optuna.get_all_study_names(storage)
+            if len(names) != 1:
+                raise RunFolderError(f"{path}: must hold one study, has {len(names)}; restore it from a copy")
+            study = optuna.load_study(storage=storage, study_name=names[0])
+            objectives = study.user_attrs[_SPACE]["objectives"]
+        except (optuna.exceptions.OptunaError, KeyError, RuntimeError) as error:
+            raise RunFolderError(f"{path}: is no study of a run ({error}); restore it from a copy") from None
+        return cls(storage, study, objectives)
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """The resolved search space that the study was made for."""
+        space: dict[str, Any] = self.study.user_attrs[_SPACE]
+        return space
+
+    @property
+    def target(self) -> int:
+        """How many trials the search ends with."""
+        return int(self.study.user_attrs[_TARGET])
+
+    @target.setter
+    def target(self, value: int) -> None:
+        self.study.set_user_attr(_TARGET, value)
+
+    def add(self, proposal: Proposal, seed: int) -> PlannedTrial:
+        """Puts down a proposal as a RUNNING trial, in one write."""
+        attributes = {
+            "policy": proposal.policy.to_dict(),
+            "policy_hash": proposal.policy.hash,
+            "training": asdict(proposal.training),
+            "origin": proposal.origin,
+            "seed": seed,
+        }
+        trial_id = self._storage.create_new_trial(self._study_id, proposal.to_trial(attributes))
+        number = self._storage.get_trial_number_from_id(trial_id)
+        return PlannedTrial(number, proposal.policy, proposal.training, seed, proposal.origin)
+
+    def take_waiting(self) -> PlannedTrial | None:
+        """The first trial that waits to be taken up again, RUNNING from now on; None where there is none."""
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting:
+            return None
+        trial = min(waiting, key=lambda trial: trial.number)
+        self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        attributes = trial.user_attrs
+        return PlannedTrial(
+            trial.number,
+            Policy.from_dict(attributes["policy"], f"trial {trial.number} of the study"),
+            TrainingSpec(**attributes["training"]),
+            attributes["seed"],
+            attributes["origin"],
+        )
+
+    def finish(self, number: int, outcome: Outcome, violations: Mapping[str, float]) -> TrialRecord:
+        """Closes a trial for good: its outcome, its constraints, its state.
+
+        Args:
+            number: of the trial.
+            outcome: COMPLETE and PRUNED need an epoch whose objectives are all finite.
+            violations: metric to how far a measured value misses a constraint; at or below 0 it keeps it.
+        """
+        trial_id = self._trial_id(number)
+        known = self._storage.get_trial_system_attrs(trial_id)
+        for metric, violation in violations.items():
+            if _CONSTRAINT + metric not in known:
+                self._storage.set_trial_system_attr(trial_id, _CONSTRAINT + metric, violation)
+        self._storage.set_trial_user_attr(trial_id, _OUTCOME, outcome.to_dict())
+        return self._close(trial_id, outcome)
+
+    def interrupt(self, number: int) -> None:
+        """Puts a RUNNING trial that was cut short into the queue of a later resume."""
+        self._storage.set_trial_state_values(self._trial_id(number), TrialState.WAITING)
+
+    def reconcile(self) -> None:
+        """Settles what a killed process left RUNNING: closed where its outcome is known, else in the queue."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if _OUTCOME in trial.user_attrs:
+                self._close(trial._trial_id, Outcome.from_dict(trial.user_attrs[_OUTCOME]))
+            else:
+                self.interrupt(trial.number)
+
+    def records(self) -> list[TrialRecord]:
+        """All trials that have ended, by number."""
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return [_record(trial) for trial in ended]
+
+    def epochs(self, number: int) -> list[dict[str, Any]]:
+        """The metrics of every epoch of a trial that has ended."""
+        trial = self.study.get_trials(deepcopy=False)[number]
+        return [dict(row) for row in Outcome.from_dict(trial.user_attrs[_OUTCOME]).epochs]
+
+    @property
+    def num_trials(self) -> int:
+        """All trials of the study, those that run or wait included."""
+        return len(self.study.get_trials(deepcopy=False))
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _close(self, trial_id: int, outcome: Outcome) -> TrialRecord:
+        state, values = TrialState.FAIL, None
+        if outcome.state == "PRUNED":
+            state = TrialState.PRUNED
+        elif outcome.state in ("COMPLETE", "INFEASIBLE") and outcome.has_values(self.objectives):
+            # A trial that was trained to its end and broke a constraint has values too: the sampler learns from them.
+            state, values = TrialState.COMPLETE, [float(outcome.final[name]) for name in self.objectives]
+        self._storage.set_trial_state_values(trial_id, state, values)
+        return _record(self._storage.get_trial(trial_id))
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    """The row of a trial that has ended."""
+    attributes = trial.user_attrs
+    outcome = Outcome.from_dict(attributes[_OUTCOME])
+    final = outcome.final
+    return TrialRecord(
+        trial=trial.number,
+        state=outcome.state,
+        policy=json.dumps(attributes["policy"], sort_keys=True),
+        policy_hash=attributes["policy_hash"],
+        seed=attributes["seed"],
+        origin=attributes["origin"],
+        reason=outcome.reason,
+        training=json.dumps(attributes["training"], sort_keys=True),
+        fidelity=final.get("epoch", 0),
+        dropped_units=final.get("dropped_units"),
+        device=final.get("device"),
+        started=_with_zone(trial.datetime_start),
+        ended=_with_zone(trial.datetime_complete),
+        **{name: final.get(name) for name in METRICS},
+    )
+
+
+def _with_zone(moment: datetime | None) -> datetime | None:
+    """Optuna keeps the local time without its zone."""
+    return None if moment is None else moment.astimezone()
+
+
+def _storage(path: Path) -> RDBStorage:
+    return RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}})
+
+
+def _check_intact(path: Path) -> None:
+    """SQLite's own check of the whole file: a torn study must be named, never half read."""
+    try:
+        connection = sqlite3.connect(f"file:{path.resolve()}?mode=rw", uri=True, timeout=_LOCK_SECONDS)
+        try:
+            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        verdict = str(error)
+    if verdict != "ok":
+        raise RunFolderError(f"{path}: is damaged ({verdict}); restore it from a copy")
+
+
+def _quiet() -> None:
+    """Optuna announces every study that is made or loaded; the search has its own progress."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,0 +1,163 @@
+"""Encoded images to one uint8 array: decoded, cropped to one size, every broken image named."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from rlsearch.errors import DataError
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+# Formats that Pillow reads by itself: others may start programs (EPS starts Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_EIGHT_BIT_MODES = ("RGB", "L", "P", "RGBA", "LA", "PA", "1", "CMYK", "YCbCr")
+_BLOCK = 128
+# Under this many pixels an image decodes faster than threads can pass the interpreter lock between them.
+_THREADING_PIXELS = 64 * 64
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """One split of a data set, before its images are decoded.
+
+    Attributes:
+        labels: (N,) int64, already checked to lie in [0, len(classes)).
+        classes: the names of the classes, in label order.
+        pixels: decodes the images at sorted positions (n,) to (n, C, H, W) uint8, C being 1 or 3.
+    """
+
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    pixels: Callable[[npt.NDArray[np.int64]], Pixels]
+
+
+def decode_images(items: Iterable[tuple[str, bytes | Path]], count: int, image_size: int | None) -> Pixels:
+    """Decodes ``count`` images to RGB.
+
+    Args:
+        items: where each image comes from, in words for messages, and its encoded bytes or its file.
+        count: the number of items.
+        image_size: the side of the square that each image is cropped to, after its shorter side was resized to it;
+            None takes them as they are, and they must all have one size.
+
+    Returns:
+        (count, 3, H, W).
+
+    Raises:
+        DataError: an image that cannot be decoded or has another size (named), or more images than memory.
+    """
+    iterator = iter(items)
+    first = next(iterator, None)
+    if first is None:
+        return np.empty((0, 3, image_size or 0, image_size or 0), dtype=np.uint8)
+    example = _decode(*first, image_size)
+    height, width = example.shape[1:]
+    images = allocate_images((count, 3, height, width))
+    images[0] = example
+    small = height * width < _THREADING_PIXELS
+    num_workers = 1 if small else min(4, os.cpu_count() or 1)
+
+    def decode_block(start_and_block: tuple[int, list[tuple[str, bytes | Path]]]) -> None:
+        start, block = start_and_block
+        for position, (where, source) in enumerate(block, start):
+            image = _decode(where, source, image_size)
+            if image.shape != example.shape:
+                raise DataError(
+                    f"{where}: the image is {image.shape[1]}x{image.shape[2]} (height x width) but {first[0]} is "
+                    f"{height}x{width}; set data.image_size to bring all images to one size"
+                )
+            images[position] = image
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        blocks = _blocks(iterator)
+        # A few blocks at a time, so that the encoded images of a large set are never in memory together.
+        while group := list(islice(blocks, 4 * num_workers)):
+            for _ in map(decode_block, group) if num_workers == 1 else pool.map(decode_block, group):
+                pass
+    return images
+
+
+def allocate_images(shape: tuple[int, int, int, int]) -> Pixels:
+    """An empty uint8 array for decoded images.
+
+    Raises:
+        DataError: it would not fit into the machine's memory, where the whole decoded set is held.
+    """
+    needed = int(np.prod(shape, dtype=object))
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            count, channels, height, width = shape
+            raise DataError(
+                f"{count} decoded images of {channels}x{height}x{width} bytes need {needed / 1e9:.1f} GB, and this "
+                f"machine has {memory / 1e9:.1f} GB: a set is decoded once and held in memory; "
+                "set data.image_size or data.limit lower"
+            )
+    return np.empty(shape, dtype=np.uint8)
+
+
+def resize_images(images: Pixels, image_size: int | None) -> Pixels:
+    """Brings (N, C, H, W) to (N, C, image_size, image_size); None, or the size it has, changes nothing."""
+    num_images, channels, height, width = images.shape
+    if image_size is None or height == width == image_size:
+        return images
+    resized = allocate_images((num_images, channels, image_size, image_size))
+    for position, image in enumerate(images):
+        for channel, plane in enumerate(image):
+            resized[position, channel] = np.asarray(_square(Image.fromarray(plane), image_size))
+    return resized
+
+
+def _blocks(
+    items: Iterator[tuple[str, bytes | Path]],
+) -> Iterator[tuple[int, list[tuple[str, bytes | Path]]]]:
+    """Lists of at most `_BLOCK` items with the position of their first; the set's first image was taken already."""
+    start = 1
+    while block := list(islice(items, _BLOCK)):
+        yield start, block
+        start += len(block)
+
+
+def _decode(where: str, source: bytes | Path, image_size: int | None) -> Pixels:
+    """One image as (3, H, W)."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.mode not in _EIGHT_BIT_MODES:
+                raise DataError(f"{where}: the image has mode {image.mode}, not 8 bits a channel; convert it first")
+            if image_size is not None:
+                # JPEG can decode at a fraction of the size; twice the target keeps the resize smooth.
+                image.draft("RGB", (2 * image_size, 2 * image_size))
+            rgb = _to_rgb(image)
+        if image_size is not None:
+            rgb = _square(rgb, image_size)
+        return np.asarray(rgb).transpose(2, 0, 1)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged bytes: struct.error, SyntaxError, ...
+        raise DataError(f"{where}: the image cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about the direct way
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to ``size`` and centre crop, in one step."""
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))

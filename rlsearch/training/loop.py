@@ -1,0 +1,193 @@
+"""The optimizer, its schedule and the passes over the data: plain PyTorch, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlsearch.errors import DivergedError, Problem, suggestion
+
+OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How a model is trained; what a user would write in a training script.
+
+    Attributes:
+        epochs: passes over the training images (>= 1).
+        batch_size: images a step (>= 1).
+        optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
+        lr: the peak learning rate (> 0); linear warm-up, then a cosine to zero.
+        momentum: of ``sgd``, in [0, 1).
+        weight_decay: on weights of two and more dimensions only (>= 0).
+        label_smoothing: in [0, 1).
+        warmup_epochs: how long the learning rate rises (>= 0).
+        precision: ``bf16`` autocasts, ``fp32`` does not, ``auto`` takes bf16 on CUDA devices that have it.
+    """
+
+    epochs: int = 9
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    warmup_epochs: float = 1.0
+    precision: str = "auto"
+
+    def problems(self, key: str = "training") -> list[Problem]:
+        """What is out of range, each with its key."""
+        ranges = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "a finite number above 0"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
+            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "a finite number of at least 0"),
+        }
+        found = [
+            Problem(f"{key}.{name}", f"must be {rule}, got {getattr(self, name)}")
+            for name, (fine, rule) in ranges.items()
+            if not fine
+        ]
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                found.append(Problem(f"{key}.{name}", f"unknown value {value!r}{suggestion(value, known)}"))
+        return found
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16`` for a device: ``auto`` takes bf16 only where it is both fast and known to hold accuracy."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Mixed precision for ``bf16``; nothing for ``fp32``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def learning_rate(step: int, num_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear warm-up to ``peak``, then half a cosine towards zero.
+
+    Args:
+        step: the step about to be taken, from 0.
+        num_steps: of the whole training.
+        warmup_steps: of the rise.
+        peak: the greatest learning rate.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_optimizer(
+    spec: TrainingSpec, model: nn.Module, no_decay: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer over the model's learnable parameters.
+
+    Weights of two and more dimensions decay; biases, norms and ``no_decay`` (the mixing parameters of replaced
+    units, METHODS reconstruction) do not.
+    """
+    exempt = {id(parameter) for parameter in no_decay}
+    learnable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in learnable if p.ndim >= 2 and id(p) not in exempt]
+    plain = [p for p in learnable if p.ndim < 2 or id(p) in exempt]
+    groups = [
+        {"params": decayed, "weight_decay": spec.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=spec.lr, fused=True)
+    # Nesterov momentum needs momentum; without any, it is plain gradient descent.
+    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.momentum > 0, fused=True)
+
+
+@dataclass
+class Pass:
+    """Sums over one pass over the data; kept on the device until the end, so that no step waits for it."""
+
+    loss: float
+    num_images: int
+    num_correct: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose greatest logit is their label."""
+        return self.num_correct / self.num_images
+
+
+def train_epoch(
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    rates: Iterable[float],
+    *,
+    label_smoothing: float,
+    precision: str,
+    device: torch.device,
+) -> Pass:
+    """One pass over the training images.
+
+    Args:
+        forward: from a batch of inputs to logits (B, classes).
+        batches: inputs and labels (B,) of each step, on the device.
+        optimizer: over what still learns.
+        rates: the learning rate of each step.
+        label_smoothing: of the cross-entropy.
+        precision: ``fp32`` or ``bf16``.
+        device: where it all is.
+
+    Raises:
+        DivergedError: the loss is no longer finite (looked at once, after the pass).
+    """
+    total = torch.zeros((), device=device)
+    num_images = 0
+    for (inputs, labels), rate in zip(batches, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(precision, device):
+            logits = forward(inputs)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach() * len(labels)
+        num_images += len(labels)
+    mean = total.item() / num_images
+    if not math.isfinite(mean):
+        raise DivergedError(f"the training loss became {mean}; a lower learning rate or more warm-up may help")
+    return Pass(mean, num_images)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str, device: torch.device
+) -> Pass:
+    """Top-1 accuracy and mean cross-entropy over the batches, in eval mode; the mode is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    loss = torch.zeros((), device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    num_images = 0
+    for images, labels in batches:
+        with autocast(precision, device):
+            logits = model(images).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+        num_images += len(labels)
+    for module, training in modes:
+        module.training = training
+    return Pass(loss.item() / num_images, num_images, int(correct.item()))

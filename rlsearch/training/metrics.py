@@ -1,0 +1,54 @@
+"""What a trial reports after every epoch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """The state of a trial after one epoch. Sums run from the start of the trial.
+
+    Attributes:
+        epoch: how many epochs are done (1 after the first).
+        epochs: how many the trial will do.
+        accuracy: top-1 on the validation split, in [0, 1].
+        validation_loss: mean cross-entropy on the validation split.
+        train_loss: mean loss over the epoch's training images, label smoothing included.
+        lr: the learning rate of the epoch's last step.
+        params: learnable parameters after surgery, by unique storage; dropping does not change it.
+        params_total: parameters of the materialised model.
+        learnable_params: parameters that still learn, after this epoch's cut.
+        memory: bytes; on CUDA the peak allocated in a training step, after warm-up; elsewhere ``memory_predicted``.
+        memory_predicted: bytes: parameters, gradients, optimizer state, saved activations, from fake tensors.
+        train_flops: floating-point operations spent on training so far, as the layers really ran.
+        forward_flops: the part of ``train_flops`` spent in forward passes.
+        train_seconds: seconds of training so far, without set-up and evaluation; honest only for a trial alone on its
+            device.
+        samples_per_second: training images per second, over the trial so far.
+        dropped_units: how many units have left training.
+        device: what it ran on, as torch names it.
+    """
+
+    epoch: int
+    epochs: int
+    accuracy: float
+    validation_loss: float
+    train_loss: float
+    lr: float
+    params: int
+    params_total: int
+    learnable_params: int
+    memory: int
+    memory_predicted: int
+    train_flops: float
+    forward_flops: float
+    train_seconds: float
+    samples_per_second: float
+    dropped_units: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for tables and reports."""
+        return asdict(self)

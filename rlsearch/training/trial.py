@@ -1,0 +1,338 @@
+"""One trial: one training of one policy. Here, and only here, surgery, Learn&Drop and the loop meet."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
+from rlsearch.learn_drop import Dropper
+from rlsearch.model_graph import split
+from rlsearch.policy import ModelSpec, Policy
+from rlsearch.replacement import BLOCKS, apply_policy, composed_parameters, learnable_params, mixing_parameters
+from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
+from rlsearch.training.cost import CostModel
+from rlsearch.training.data import DataSpec, ImageData, load_data
+from rlsearch.training.device_data import DeviceData
+from rlsearch.training.feature_inputs import TrainingInputs
+from rlsearch.training.loop import (
+    TrainingSpec,
+    build_optimizer,
+    evaluate,
+    learning_rate,
+    resolve_precision,
+    train_epoch,
+)
+from rlsearch.training.metrics import EpochMetrics
+from rlsearch.training.models import build_spec
+
+# Evaluation has no backward pass, so that larger batches fit and save time.
+_EVALUATION_BATCH = 512
+# Steps before the peak of memory is read: the first ones let libraries choose their kernels.
+_WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything that decides a trial's result.
+
+    Attributes:
+        model: what is trained.
+        data: on what.
+        training: how.
+        policy: with what replaced, and what dropped when.
+        seed: of the initial weights and of the order and augmentation of the images.
+    """
+
+    model: ModelSpec
+    data: DataSpec
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    policy: Policy = field(default_factory=Policy)
+    seed: int = 0
+
+
+def run_trial(
+    spec: TrialSpec, *, data: ImageData | None = None, device: str | None = None, checkpoint: Path | None = None
+) -> Iterator[EpochMetrics]:
+    """Trains a policy and yields the metrics of every epoch.
+
+    Args:
+        spec: what to train.
+        data: the decoded images, where they are at hand; else ``spec.data`` is loaded.
+        device: as torch names it; by default CUDA where there is one, else the CPU.
+        checkpoint: a file that the state is written to after every epoch, and continued from where it exists.
+
+    Raises:
+        UserError: the specification, the data, or the checkpoint is wrong; before any training.
+        DivergedError: a loss is no longer finite.
+        OutOfMemoryError: the device has too little memory.
+    """
+    trial = Trial(spec, data=data, device=device)
+    if checkpoint is not None and checkpoint.exists():
+        trial.load_state_dict(load_checkpoint(checkpoint))
+    while not trial.done:
+        metrics = trial.run_epoch()
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, trial.state_dict())
+        yield metrics
+
+
+@dataclass
+class _Sums:
+    """What adds up over a trial; part of its checkpoint."""
+
+    num_images: int = 0
+    train_seconds: float = 0.0
+    train_flops: float = 0.0
+    forward_flops: float = 0.0
+    memory: int = 0
+
+
+class Trial:
+    """A training that can stop after any epoch and go on from its state.
+
+    The arguments and errors are those of `run_trial`.
+    """
+
+    def __init__(self, spec: TrialSpec, *, data: ImageData | None = None, device: str | None = None) -> None:
+        self.spec = spec
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.epochs_done = 0
+        data = data if data is not None else load_data(spec.data)
+        _check_classes(spec, data)
+        training = spec.training
+        self._precision = resolve_precision(training.precision, self.device)
+        with _memory_errors():
+            self._data = DeviceData(data, self.device)
+            torch.manual_seed(spec.seed)
+            self.model = build_spec(spec.model)
+            self._costs = _cost_model(
+                json.dumps(asdict(spec.model), sort_keys=True),
+                data.input_shape,
+                training.batch_size,
+                training.optimizer,
+                self._precision,
+            )
+            apply_policy(self.model, spec.policy, units=self._costs.units)
+            self.model.to(self.device).to(memory_format=torch.channels_last)
+            self._optimizer = build_optimizer(training, self.model, mixing_parameters(self.model))
+            self._dropper = self._build_dropper()
+            self._inputs = TrainingInputs(
+                self._data, self.model, self._dropper, training.batch_size, spec.seed, self._precision
+            )
+        self._cost = self._costs.cost(spec.policy)
+        self._sums = _Sums()
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epochs_done >= self.spec.training.epochs
+
+    def run_epoch(self) -> EpochMetrics:
+        """Trains one epoch, lets layers leave, and evaluates on the validation split.
+
+        Raises:
+            DivergedError: a loss is no longer finite.
+            OutOfMemoryError: the device has too little memory.
+        """
+        with _memory_errors():
+            train_loss, lr = self._train()
+            validation = evaluate(
+                self.model,
+                self._data.validation_batches(_EVALUATION_BATCH),
+                precision=self._precision,
+                device=self.device,
+            )
+        if not math.isfinite(validation.loss):
+            raise DivergedError(f"the validation loss became {validation.loss} in epoch {self.epochs_done}")
+        return EpochMetrics(
+            epoch=self.epochs_done,
+            epochs=self.spec.training.epochs,
+            accuracy=validation.accuracy,
+            validation_loss=validation.loss,
+            train_loss=train_loss,
+            lr=lr,
+            params=self._cost.params,
+            params_total=self._cost.params_total,
+            learnable_params=learnable_params(self.model),
+            memory=self._sums.memory,
+            memory_predicted=self._cost.memory,
+            train_flops=self._sums.train_flops,
+            forward_flops=self._sums.forward_flops,
+            train_seconds=self._sums.train_seconds,
+            samples_per_second=self._sums.num_images / self._sums.train_seconds,
+            dropped_units=self._dropper.dropped_units if self._dropper else 0,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types, from which `load_state_dict` goes on as if nothing had happened."""
+        return {
+            "policy_hash": self.spec.policy.hash,
+            "epochs_done": self.epochs_done,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "dropper": self._dropper.state_dict() if self._dropper else None,
+            "sums": asdict(self._sums),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts a state of the same specification into this new trial.
+
+        Raises:
+            UserError: the state is of another policy.
+        """
+        if state.get("policy_hash") != self.spec.policy.hash:
+            raise UserError(
+                f"checkpoint: it is of policy {state.get('policy_hash')}, this trial's is {self.spec.policy.hash}"
+            )
+        self.model.load_state_dict(state["model"])
+        if self._dropper:
+            # The cut comes first: the optimizer's state is of what was still learning.
+            self._dropper.load_state_dict(state["dropper"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._sums = _Sums(**state["sums"])
+        self.epochs_done = state["epochs_done"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _train(self) -> tuple[float, float]:
+        """One epoch of steps, and the cut after it: mean loss and last learning rate."""
+        epoch = self.epochs_done
+        training = self.spec.training
+        # After a resume the cache is filled again; that was paid for before the interruption, and is not counted twice.
+        self._inputs.follow_cut()
+        rates = self._rates(epoch)
+        forward_flops, step_flops = self._image_flops()
+        started = self._now()
+        if self._dropper:
+            self._dropper.train_mode()
+        else:
+            self.model.train()
+        result = train_epoch(
+            self._inputs.forward,
+            self._measured(self._inputs.batches(epoch)) if epoch == 0 else self._inputs.batches(epoch),
+            self._optimizer,
+            rates,
+            label_smoothing=training.label_smoothing,
+            precision=self._precision,
+            device=self.device,
+        )
+        if epoch == 0:
+            self._sums.memory = self._memory()
+        self.epochs_done += 1
+        self._sums.num_images += result.num_images
+        self._spend(forward_flops * result.num_images, step_flops * result.num_images)
+        if self._dropper and self._dropper.end_epoch(self.epochs_done):
+            work = self._inputs.follow_cut()
+            if work is not None:
+                spent = work.num_images * self._costs.forward_flops(self.spec.policy, work.start, work.end)
+                self._spend(spent, spent)
+        self._sums.train_seconds += self._now() - started
+        return result.loss, rates[-1]
+
+    def _image_flops(self) -> tuple[float, float]:
+        """Operations of one image, forward and in all, at the present cut."""
+        cut = self._dropper.cut if self._dropper else 0
+        forward, step = self._costs.image_flops(self.spec.policy, cut)
+        if self._inputs.stored:
+            return forward, step
+        prefix = self._costs.forward_flops(self.spec.policy, 0, cut)
+        return forward + prefix, step + prefix
+
+    def _spend(self, forward_flops: float, train_flops: float) -> None:
+        self._sums.forward_flops += forward_flops
+        self._sums.train_flops += train_flops
+
+    def _rates(self, epoch: int) -> list[float]:
+        """The learning rates of an epoch's steps."""
+        steps = self._inputs.num_steps
+        training = self.spec.training
+        return [
+            learning_rate(step, steps * training.epochs, round(steps * training.warmup_epochs), training.lr)
+            for step in range(epoch * steps, (epoch + 1) * steps)
+        ]
+
+    def _measured(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches; once the first steps have warmed the allocator up, the peak of memory is counted anew."""
+        for step, batch in enumerate(batches):
+            if step == _WARMUP_STEPS and self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            yield batch
+
+    def _memory(self) -> int:
+        """Bytes of a training step: the peak on CUDA, without the data set that lies there; else the prediction."""
+        if self.device.type != "cuda":
+            return self._cost.memory
+        return torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _build_dropper(self) -> Dropper | None:
+        settings = self.spec.policy.learn_drop
+        if settings is None:
+            return None
+        names = [unit.name for unit in self._costs.units]
+        borrowed = {unit.name: unit.sources for unit in self._costs.units if unit.sources}
+        sources = {
+            item.unit: borrowed[item.unit] for item in self.spec.policy.replacements if BLOCKS[item.block].needs_sources
+        }
+        return Dropper(
+            self.model,
+            split(self.model, names),
+            settings,
+            self.spec.training.epochs,
+            self._optimizer,
+            sources=sources,
+            parameters_of=composed_parameters,
+        )
+
+
+def _check_classes(spec: TrialSpec, data: ImageData) -> None:
+    if spec.model.num_classes != data.num_classes:
+        raise ConfigError(
+            [
+                Problem(
+                    "model.num_classes",
+                    f"is {spec.model.num_classes}, but the data {data.name!r} have {data.num_classes} classes",
+                )
+            ],
+            "trial",
+        )
+
+
+@lru_cache(maxsize=8)
+def _cost_model(model: str, input_shape: tuple[int, ...], batch_size: int, optimizer: str, precision: str) -> CostModel:
+    """Costs are the same for every trial of a search: a worker that runs many of them looks once."""
+    with torch.device("meta"):
+        untouched = build_spec(replace(ModelSpec(**json.loads(model)), weights=None))
+    return CostModel(untouched, input_shape, batch_size, optimizer, precision)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What torch raises when memory runs out, on the GPU or the host, as one of our own errors."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(str(error).split("\n")[0]) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error).split("\n")[0]) from error

@@ -1,0 +1,348 @@
+"""Proposals: always valid, never twice, the same from the same study; and the size of a space."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+from torch import nn
+
+from rlsearch.errors import SurgeryError
+from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
+from rlsearch.replacement import plan
+from rlsearch.search.check import build_unallocated
+from rlsearch.search.costs import ExactCosts, HardConstraints
+from rlsearch.search.policy_space import PolicySpace
+from rlsearch.search.sampler import PolicySampler, Proposal, random_choices
+from rlsearch.search.space import parse_space
+
+SHAPE = (3, 16, 16)
+DIRECTIONS = ["maximize", "minimize", "minimize"]
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    return build_unallocated(parse_space(content(model={"name": name})))
+
+
+def content(**sections: Any) -> dict[str, Any]:
+    usual = {
+        "model": {"name": "resnet20"},
+        "data": {"name": "digits"},
+        "space": {"replacement": {"blocks": ["skip", "scalar", "channel"]}},
+        "search": {"startup_trials": 6},
+    }
+    return {**usual, **sections}
+
+
+def policies_of(**sections: Any) -> PolicySpace:
+    space = parse_space(content(**sections)).with_num_classes(10)
+    return PolicySpace(space, model_of(space.model.name), SHAPE)
+
+
+@cache
+def costs_of(name: str) -> ExactCosts:
+    return ExactCosts(model_of(name), SHAPE)
+
+
+def sampler_of(policies: PolicySpace) -> PolicySampler:
+    costs = costs_of(policies.space.model.name)
+    baseline = Policy(policies.space.model)
+    return PolicySampler(
+        policies, HardConstraints(policies.space.constraints, costs, baseline, policies.space.training)
+    )
+
+
+def new_study() -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(directions=DIRECTIONS)
+
+
+def made_up_values(proposal: Proposal) -> list[float]:
+    """A landscape: some units matter more than others, and every replacement saves something."""
+    noise = random.Random(proposal.policy.hash).gauss(0, 0.01)
+    harm = sum(0.01 * (len(item.unit) + int(item.unit[-1])) for item in proposal.policy.replacements)
+    count = len(proposal.policy.replacements)
+    dropped = proposal.policy.learn_drop is not None
+    return [0.9 - harm - 0.02 * dropped + noise, 100.0 - count, 50.0 - 9 * dropped - count]
+
+
+def search(
+    sampler: PolicySampler, study: optuna.Study, trials: int, fail: Mapping[int, TrialState] = {}
+) -> list[Proposal]:
+    """Trains nothing: asks, and tells made-up values."""
+    proposals = []
+    for _ in range(trials):
+        proposal = sampler.propose(study)
+        if proposal is None:
+            break
+        number = len(study.trials)
+        study.add_trial(proposal.to_trial({"origin": proposal.origin}))
+        state = (ends or {}).get(number)
+        study.tell(number, None if state else values(proposal), state=state)
+        proposals.append(proposal)
+    return proposals
+
+
+def points(proposals: list[Proposal]) -> list[tuple[str, Any]]:
+    return [(proposal.policy.hash, proposal.training) for proposal in proposals]
+
+
+def test_the_baseline_and_the_controls_come_first() -> None:
+    space = {"replacement": {"blocks": ["scalar", "skip"]}, "learn_drop": {"threshold": {"low": 0.001, "high": 0.1}}}
+    policies = policies_of(space=space)
+    baseline, skip, freeze, first = search(sampler_of(policies), new_study(), 4)
+    assert [item.origin for item in (baseline, skip, freeze, first)] == [
+        "baseline",
+        "skip control",
+        "freeze control",
+        "sampler",
+    ]
+    assert baseline.policy == Policy(ModelSpec("resnet20"))
+    assert baseline.policy.is_baseline
+    # Four of nine units, and seven that can be skipped: as far apart as they go.
+    assert [(item.unit, item.block) for item in skip.policy.replacements] == [
+        ("layer1.0", "skip"),
+        ("layer1.2", "skip"),
+        ("layer2.2", "skip"),
+        ("layer3.2", "skip"),
+    ]
+    assert skip.policy.learn_drop is None
+    assert freeze.policy.replacements == ()
+    assert freeze.policy.learn_drop == LearnDrop(threshold=0.01)
+    assert all(item.params for item in (baseline, skip, freeze, first))
+
+
+def test_a_control_that_the_space_does_not_offer_is_trained_all_the_same() -> None:
+    proposals = search(sampler_of(policies_of(space={"replacement": {"blocks": ["scalar"]}})), new_study(), 12)
+    control = proposals[1]
+    assert (control.origin, control.params) == ("skip control", {})
+    assert {item.block for item in control.policy.replacements} == {"skip"}
+    assert [proposal.origin for proposal in proposals].count("skip control") == 1
+    assert {item.block for proposal in proposals[2:] for item in proposal.policy.replacements} == {"scalar"}
+
+
+def test_no_freeze_control_where_nothing_is_dropped_and_no_skip_control_where_nothing_is_replaced() -> None:
+    replacing = search(sampler_of(policies_of()), new_study(), 3)
+    assert [proposal.origin for proposal in replacing] == ["baseline", "skip control", "sampler"]
+    dropping = policies_of(space={"learn_drop": {"patience": {"low": 1, "high": 9}}})
+    assert [p.origin for p in search(sampler_of(dropping), new_study(), 3)] == ["baseline", "freeze control", "sampler"]
+
+
+replacements = st.fixed_dictionaries(
+    {
+        "units": st.sampled_from(["*", "layer*", "layer1.*", ["layer2.*", "layer3.1"]]),
+        "blocks": st.lists(st.sampled_from(["skip", "scalar", "channel", "lowrank"]), min_size=1, unique=True),
+        "max_fraction": st.floats(0.01, 1),
+        "options": st.sampled_from([{}, {"boundary": "keep"}, {"init": "previous"}]),
+    }
+).filter(lambda replacement: not replacement["options"] or replacement["blocks"] != ["skip"])
+learn_drops = st.one_of(st.none(), st.just({"patience": {"low": 1, "high": 3}, "features": ["recompute", "stored"]}))
+trainings = st.sampled_from([{}, {"lr": {"low": 0.01, "high": 1.0, "log": True}, "batch_size": [32, 64]}])
+limits = st.sampled_from([{}, {"params": "<= 0.9x"}, {"memory_predicted": "<= 0.95x", "params": ">= 0.6x"}])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(replacements, learn_drops, trainings, limits, st.integers(0, 99))
+def test_every_proposal_of_every_space_is_valid(
+    replacement: dict[str, Any], learn_drop: Any, training: Any, limit: Any, seed: int
+) -> None:
+    policies = policies_of(
+        space={"replacement": replacement, "learn_drop": learn_drop},
+        training=training,
+        constraints=limit,
+        search={"seed": seed, "startup_trials": 5},
+    )
+    proposals = search(sampler_of(policies), new_study(), 14)
+    assert len(set(points(proposals))) == len(proposals)
+    model, costs = model_of("resnet20"), costs_of("resnet20")
+    reference = costs.metrics(Policy(), policies.space.training)
+    for proposal in proposals:
+        plan(model, proposal.policy, policies.units)
+        assert len(proposal.policy.replacements) <= replacement["max_fraction"] * len(policies.matched) + 1e-9
+        assert {item.unit for item in proposal.policy.replacements} <= set(policies.matched)
+        assert proposal.training.problems() == []
+        metrics = costs.metrics(proposal.policy, proposal.training)
+        if proposal.origin != "baseline":
+            for constraint in policies.space.constraints:
+                assert constraint.violation(metrics[constraint.metric], reference[constraint.metric]) <= 0
+
+
+def test_two_hundred_proposals_are_all_different() -> None:
+    policies = policies_of(
+        space={"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {}}, search={"startup_trials": 120}
+    )
+    proposals = search(sampler_of(policies), new_study(), 200)
+    assert len(proposals) == 200
+    assert len(set(points(proposals))) == 200
+
+
+def test_the_sampler_learns_which_unit_to_leave_alone() -> None:
+    def values(proposal: Proposal) -> list[float]:
+        units = {item.unit for item in proposal.policy.replacements}
+        harmful, harmless = units & {"layer1.1", "layer3.1"}, units - {"layer1.1", "layer3.1"}
+        return [0.9 - 0.3 * len(harmful), 100.0 - len(harmless), 50.0]
+
+    policies = policies_of(search={"startup_trials": 20})
+    proposals = search(sampler_of(policies), new_study(), 70, values=values)
+    drawn, learned = proposals[2:20], proposals[20:]
+
+    def share(of: list[Proposal]) -> float:
+        return sum("layer1.1" in {item.unit for item in one.policy.replacements} for one in of) / len(of)
+
+    assert share(learned) < 0.5 * share(drawn)
+
+
+@pytest.mark.parametrize("blocks", [["skip"], ["scalar"], ["scalar", "channel"], ["channel", "skip"]])
+def test_an_exhausted_space_is_proposed_whole_and_then_nothing(blocks: list[str]) -> None:
+    policies = policies_of(
+        space={"replacement": {"units": ["layer1.*", "layer2.*"], "blocks": blocks}, "learn_drop": {}}
+    )
+    size = policies.num_points()
+    study = new_study()
+    sampler = sampler_of(policies)
+    proposals = search(sampler, study, 1000)
+    of_the_space = [proposal for proposal in proposals if proposal.params]
+    assert len(of_the_space) == len(set(points(of_the_space))) == size
+    assert sampler.propose(study) is None
+
+
+def test_a_space_whose_limits_leave_nothing_is_exhausted_after_the_baseline() -> None:
+    policies = policies_of(constraints={"params": "<= 0.01x"})
+    (baseline,) = search(sampler_of(policies), new_study(), 5)
+    assert baseline.origin == "baseline"
+    assert baseline.violations["params"] > 0
+    trial = baseline.to_trial({})
+    assert trial.constraints == baseline.violations
+    assert trial.state == TrialState.RUNNING
+
+
+def test_failed_and_pruned_trials_are_not_proposed_again_and_pruned_ones_do_not_stop_the_sampler() -> None:
+    ends = {4: TrialState.FAIL, 7: TrialState.PRUNED, 9: TrialState.PRUNED}
+    proposals = search(sampler_of(policies_of()), new_study(), 30, ends)
+    assert len(set(points(proposals))) == 30
+
+
+def test_running_trials_are_not_proposed_again() -> None:
+    study, sampler = new_study(), sampler_of(policies_of())
+    search(sampler, study, 12)
+    proposals = []
+    for _ in range(6):
+        proposal = sampler.propose(study)
+        assert proposal is not None
+        study.add_trial(proposal.to_trial({}))
+        proposals.append(proposal)
+    assert len(set(points(proposals))) == 6
+
+
+def test_the_same_seed_proposes_the_same_straight_or_interrupted() -> None:
+    space = {"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {"threshold": {"low": 1e-3, "high": 0.1}}}
+    straight = search(sampler_of(policies_of(space=space)), new_study(), 20)
+    study = new_study()
+    interrupted = []
+    for length in (1, 1, 5, 4, 9):
+        interrupted += search(sampler_of(policies_of(space=space)), study, length)
+    assert points(interrupted) == points(straight)
+    other = search(sampler_of(policies_of(space=space, search={"seed": 1, "startup_trials": 6})), new_study(), 20)
+    assert points(other) != points(straight)
+
+
+def test_proposing_writes_nothing_and_a_study_on_disk_gives_the_same(tmp_path: Any) -> None:
+    on_disk = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="run", directions=DIRECTIONS)
+    training = {"lr": {"low": 0.01, "high": 1.0, "log": True}}
+    sampler = sampler_of(policies_of(training=training))
+    from_disk = search(sampler, on_disk, 12)
+    assert points(from_disk) == points(search(sampler_of(policies_of(training=training)), new_study(), 12))
+    before = on_disk.get_trials()
+    assert sampler.propose(on_disk) is not None
+    assert on_disk.get_trials() == before
+    reopened = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="run")
+    again = sampler.propose(reopened)
+    assert again is not None
+    assert again.params == sampler.propose(on_disk).params
+
+
+def test_random_policies_reach_from_the_baseline_to_the_most() -> None:
+    policies = policies_of(space={"replacement": {"max_fraction": 0.5}})
+    rng = random.Random(0)
+    counts = [len(policies.decide(random_choices(policies, rng)).policy.replacements) for _ in range(400)]
+    assert set(counts) == {0, 1, 2, 3, 4}
+    assert max(map(counts.count, range(5))) < 200
+
+
+def by_brute_force(policies: PolicySpace) -> int:
+    """Every assignment of blocks to units, asked of the surgery itself."""
+    model = model_of(policies.space.model.name)
+    names = [unit.name for unit in policies.units if unit.name in policies.matched]
+    assert policies.space.replacement is not None
+    choices = [None, *policies.space.replacement.blocks]
+    valid = 0
+    for assignment in itertools.product(choices, repeat=len(names)):
+        chosen = [(name, block) for name, block in zip(names, assignment, strict=True) if block]
+        if len(chosen) > policies.max_replaced:
+            continue
+        policy = Policy(replacements=tuple(Replacement(*pair, policies.options_of(pair[1])) for pair in chosen))
+        try:
+            plan(model, policy, policies.units)
+        except SurgeryError:
+            continue
+        valid += 1
+    return valid
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("options", [{}, {"boundary": "keep"}])
+@pytest.mark.parametrize("units", ["layer1.*", ["layer1.2", "layer2.*", "layer3.0"]])
+def test_the_number_of_replacements_is_exact(fraction: float, options: dict[str, Any], units: Any) -> None:
+    replacement = {
+        "blocks": ["skip", "scalar", "channel"],
+        "max_fraction": fraction,
+        "options": options,
+        "units": units,
+    }
+    policies = policies_of(space={"replacement": replacement})
+    expected = by_brute_force(policies)
+    assert policies.num_replacements() == expected
+    assert len(list(policies.everything())) == expected
+
+
+def test_the_size_counts_what_is_searched_beside_and_names_what_is_continuous() -> None:
+    policies = policies_of(
+        space={
+            "replacement": {"units": "layer1.*", "blocks": ["skip"], "max_fraction": 1.0},
+            "learn_drop": {"patience": {"low": 1, "high": 3}, "threshold": {"low": 0.1, "high": 0.2}},
+        },
+        training={"batch_size": [32, 64], "lr": {"low": 0.1, "high": 0.3, "step": 0.1}},
+    )
+    # 2^3 sets of skipped units; Learn&Drop off or on with 3 patiences; 2 batch sizes; 3 learning rates.
+    assert policies.num_replacements() == 8
+    assert policies.num_points() == 8 * (1 + 3) * 2 * 3
+    assert policies.continuous() == ("learn_drop.threshold",)
+
+
+def test_what_a_source_may_not_be() -> None:
+    policies = policies_of(space={"replacement": {"blocks": ["skip", "scalar"], "max_fraction": 1.0}})
+    assert policies.offered("layer1.1", {}) == ("skip", "scalar")
+    assert policies.offered("layer1.1", {"layer1.0": "skip"}) == ("skip",)
+    assert policies.offered("layer1.2", {"layer1.1": "skip"}) == ("skip",)
+    assert policies.offered("layer1.2", {"layer1.1": "scalar"}) == ()
+
+
+def test_no_parameter_ever_changes_its_choices() -> None:
+    policies = policies_of(space={"replacement": {"blocks": ["skip", "scalar", "channel"], "max_fraction": 1.0}})
+    rng = random.Random(0)
+    known: dict[str, Any] = {}
+    for _ in range(300):
+        decided = policies.decide(random_choices(policies, rng))
+        for name, distribution in decided.distributions.items():
+            assert known.setdefault(name, distribution) == distribution
+            assert decided.params.keys() == decided.distributions.keys()
+    assert any(name.startswith("block:") for name in known)

@@ -1,0 +1,117 @@
+"""The loop: the schedule, the optimizer's groups, and what a pass returns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rlsearch.config import from_mapping
+from rlsearch.errors import DivergedError, Problem
+from rlsearch.training.loop import (
+    TrainingSpec,
+    build_optimizer,
+    evaluate,
+    learning_rate,
+    resolve_precision,
+    train_epoch,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_the_schedule_rises_and_falls() -> None:
+    rates = [learning_rate(step, 10, 4, 0.8) for step in range(10)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4:] == pytest.approx([0.4 * (1 + math.cos(math.pi * k / 6)) for k in range(6)])
+
+
+@given(st.integers(1, 300), st.integers(0, 400), st.floats(1e-6, 10))
+def test_rates_stay_in_range(num_steps: int, warmup: int, peak: float) -> None:
+    rates = [learning_rate(step, num_steps, warmup, peak) for step in range(num_steps)]
+    assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
+    assert warmup >= num_steps or max(rates) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_only_weights_decay(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    mixing = nn.Parameter(torch.ones(1, 1))
+    model.register_parameter("mixing", mixing)
+    model[1].weight.requires_grad_(False)
+    decayed, plain = build_optimizer(TrainingSpec(optimizer=name, weight_decay=0.3), model, [mixing]).param_groups
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight), id(model[3].weight)]
+    assert {id(p) for p in plain["params"]} == {id(p) for p in (model[0].bias, model[1].bias, model[3].bias, mixing)}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+
+
+def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 16, 5, generator=generator)
+    return [(batch, (batch[:, 0] > 0).long()) for batch in images]
+
+
+def test_training_learns_and_evaluation_counts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 2), nn.Dropout(0.5))
+    optimizer = build_optimizer(TrainingSpec(lr=0.5), model)
+    arguments = {"precision": "fp32", "device": CPU}
+    losses = [
+        train_epoch(model, batches(), optimizer, [0.5] * 4, label_smoothing=0.0, **arguments).loss  # type: ignore[arg-type]
+        for _ in range(8)
+    ]
+    assert losses[-1] < 0.5 * losses[0]
+    model.train()
+    result = evaluate(model, batches(), **arguments)  # type: ignore[arg-type]
+    assert model.training
+    assert model[1].training
+    model.eval()
+    correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches())
+    assert (result.num_correct, result.num_images) == (correct, 64)
+    assert result.accuracy == correct / 64
+    assert result.loss == pytest.approx(
+        sum(nn.functional.cross_entropy(model(x), y, reduction="sum").item() for x, y in batches()) / 64
+    )
+
+
+def test_the_rates_are_the_optimizers() -> None:
+    model = nn.Linear(5, 2)
+    optimizer = build_optimizer(TrainingSpec(), model)
+    train_epoch(model, batches(2), optimizer, [0.3, 0.1], label_smoothing=0.0, precision="fp32", device=CPU)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    model = nn.Linear(5, 2)
+    optimizer = build_optimizer(TrainingSpec(), model)
+    with pytest.raises(DivergedError, match=r"became inf|became nan"):
+        train_epoch(model, batches(), optimizer, [1e30] * 4, label_smoothing=0.0, precision="fp32", device=CPU)
+
+
+def test_precision_on_the_cpu() -> None:
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"
+
+
+def test_ranges_of_the_settings() -> None:
+    problems: list[Problem] = []
+    content = {"epochs": 0, "batch_size": 0, "lr": 0, "momentum": 1, "weight_decay": -1, "label_smoothing": 1}
+    from_mapping(
+        TrainingSpec, content | {"warmup_epochs": -1, "optimizer": "sdg", "precision": "fp8"}, "training", problems
+    )
+    assert {problem.key.removeprefix("training.") for problem in problems} == {
+        "epochs",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "label_smoothing",
+        "warmup_epochs",
+        "optimizer",
+        "precision",
+    }
+    assert "did you mean 'sgd'?" in str(problems[-2])

@@ -1,0 +1,208 @@
+"""A trial: real trainings on the digits, straight and interrupted, with blocks and with layers that leave."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rlsearch
+from rlsearch import DataSpec, EpochMetrics, LearnDrop, ModelSpec, Policy, Replacement, TrainingSpec, TrialSpec
+from rlsearch.errors import ConfigError, DivergedError, SurgeryError, UserError
+from rlsearch.replacement import learnable_params, materialize
+from rlsearch.training import feature_inputs
+from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
+from rlsearch.training.data import ImageData, load_data
+from rlsearch.training.trial import Trial, run_trial
+
+DATA = DataSpec("digits", limit=400)
+REPLACED = (Replacement("layer1.1", "scalar"), Replacement("layer2.2", "skip"))
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data(DATA)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """Bitwise equal sums need one order of additions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def spec(policy: Policy | None = None, seed: int = 0, **training: Any) -> TrialSpec:
+    settings = TrainingSpec(**{"epochs": 4, "batch_size": 32, "lr": 0.05} | training)
+    return TrialSpec(ModelSpec("resnet20"), DATA, settings, policy or Policy(), seed)
+
+
+def drop(features: str = "recompute", **settings: Any) -> LearnDrop:
+    return LearnDrop(**{"threshold": 0.6, "patience": 1, "warmup": 0.0, "features": features} | settings)
+
+
+def without_times(metrics: EpochMetrics) -> dict[str, Any]:
+    return {k: v for k, v in metrics.to_dict().items() if k not in ("train_seconds", "samples_per_second")}
+
+
+def test_a_trial_learns_and_reports(digits: ImageData) -> None:
+    history = list(run_trial(spec(epochs=6), data=digits, device="cpu"))
+    assert [item.epoch for item in history] == [1, 2, 3, 4, 5, 6]
+    last = history[-1]
+    assert last.accuracy > 0.7
+    assert last.train_loss < 0.5 * history[0].train_loss
+    images = 6 * len(digits.train.labels)
+    cost = rlsearch.estimate_cost(rlsearch.build_model("resnet20"), Policy(), (3, 8, 8), 32)
+    assert last.params == last.params_total == last.learnable_params == cost.params == 272_474
+    assert last.memory == last.memory_predicted == cost.memory
+    assert last.train_flops == pytest.approx(cost.step_flops * images)
+    assert last.forward_flops == pytest.approx(cost.forward_flops * images)
+    assert last.samples_per_second == pytest.approx(images / last.train_seconds)
+    assert (last.dropped_units, last.device) == (0, "cpu")
+    assert last.lr < history[1].lr
+
+
+def test_the_same_seed_gives_the_same_numbers(digits: ImageData) -> None:
+    def run(seed: int) -> list[dict[str, Any]]:
+        return [without_times(item) for item in run_trial(spec(seed=seed, epochs=2), data=digits, device="cpu")]
+
+    assert run(0) == run(0)
+    assert run(0) != run(1)
+
+
+def test_replaced_units_train_and_materialize(digits: ImageData) -> None:
+    trial = Trial(spec(Policy(replacements=REPLACED), epochs=2), data=digits, device="cpu")
+    before = [parameter.detach().clone() for parameter in trial.model.parameters()]
+    while not trial.done:
+        metrics = trial.run_epoch()
+    assert all(not torch.equal(a, b) for a, b in zip(before, trial.model.parameters(), strict=True))
+    assert metrics.params == learnable_params(trial.model) < 272_474
+    assert metrics.params_total == sum(p.numel() for p in materialize(trial.model).parameters())
+    images = torch.randn(4, 3, 8, 8)
+    plain = materialize(trial.model).eval()
+    assert torch.allclose(plain(images), trial.model.eval()(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("features", ["recompute", "stored"])
+def test_dropped_layers_stand_still_and_cost_less(digits: ImageData, features: str) -> None:
+    trial = Trial(spec(Policy(learn_drop=drop(features)), epochs=4), data=digits, device="cpu")
+    cuts, frozen = [], {}
+    while not trial.done:
+        metrics = trial.run_epoch()
+        cuts.append(metrics.dropped_units)
+        for name, tensor in frozen.items():
+            assert torch.equal(tensor, trial.model.state_dict()[name]), name
+        active = {id(p) for p in trial.model.parameters() if p.requires_grad}
+        frozen = {
+            name: parameter.detach().clone()
+            for name, parameter in trial.model.named_parameters()
+            if id(parameter) not in active
+        }
+    assert cuts == sorted(cuts)
+    assert 0 < cuts[1] <= cuts[-1]
+    assert metrics.learnable_params < metrics.params == 272_474
+    full = rlsearch.estimate_cost(rlsearch.build_model("resnet20"), Policy(), (3, 8, 8), 32)
+    images = len(digits.train.labels) * 4
+    assert metrics.train_flops < 0.9 * full.step_flops * images
+    if features == "recompute":
+        assert metrics.forward_flops == pytest.approx(full.forward_flops * images)
+    else:
+        assert metrics.forward_flops < 0.9 * full.forward_flops * images
+
+
+def test_stored_features_are_the_recomputed_ones(digits: ImageData) -> None:
+    trial = Trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu")
+    while not trial._inputs.stored:
+        trial.run_epoch()
+    trial.model.eval()
+    indices = torch.arange(len(digits.train.labels))
+    views = torch.zeros_like(indices)
+    cache = trial._inputs._cache
+    assert cache is not None
+    with torch.no_grad():
+        logits = trial._dropper.suffix(cache.batch(indices, views))  # type: ignore[union-attr]
+        assert torch.allclose(logits, trial.model(trial._data.view(indices)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(),
+        Policy(replacements=REPLACED, learn_drop=drop()),
+        Policy(learn_drop=drop("stored")),
+        Policy(learn_drop=drop("stored", interval=2, max_fraction=0.5)),
+    ],
+)
+@pytest.mark.parametrize("stop", [1, 3])
+def test_an_interrupted_trial_gives_the_same_numbers(
+    digits: ImageData, tmp_path: Path, policy: Policy, stop: int
+) -> None:
+    straight = list(run_trial(spec(policy), data=digits, device="cpu"))
+    checkpoint = tmp_path / "last.pt"
+    first = []
+    for item in run_trial(spec(policy), data=digits, device="cpu", checkpoint=checkpoint):
+        first.append(item)
+        if len(first) == stop:
+            break
+    rest = list(run_trial(spec(policy), data=digits, device="cpu", checkpoint=checkpoint))
+    assert [without_times(item) for item in first + rest] == [without_times(item) for item in straight]
+    assert list(run_trial(spec(policy), data=digits, device="cpu", checkpoint=checkpoint)) == []
+
+
+def test_resuming_gives_the_same_weights(digits: ImageData, tmp_path: Path) -> None:
+    policy = Policy(replacements=REPLACED, learn_drop=drop("stored"))
+    straight = Trial(spec(policy), data=digits, device="cpu")
+    while not straight.done:
+        straight.run_epoch()
+    first = Trial(spec(policy), data=digits, device="cpu")
+    first.run_epoch()
+    first.run_epoch()
+    save_checkpoint(tmp_path / "last.pt", first.state_dict())
+    resumed = Trial(spec(policy), data=digits, device="cpu")
+    resumed.load_state_dict(load_checkpoint(tmp_path / "last.pt"))
+    while not resumed.done:
+        resumed.run_epoch()
+    for (name, a), b in zip(straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_stored_features_give_way_when_memory_is_short(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 1000)
+    short = list(run_trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu"))
+    assert "stored features need" in caplog.text
+    recomputed = list(run_trial(spec(Policy(learn_drop=drop("recompute"))), data=digits, device="cpu"))
+    assert [item.accuracy for item in short] == [item.accuracy for item in recomputed]
+
+
+def test_a_policy_of_another_checkpoint_is_refused(digits: ImageData) -> None:
+    state = Trial(spec(), data=digits, device="cpu").state_dict()
+    other = Trial(spec(Policy(learn_drop=drop())), data=digits, device="cpu")
+    with pytest.raises(UserError, match="checkpoint: it is of policy"):
+        other.load_state_dict(state)
+
+
+def test_a_diverging_trial_says_so(digits: ImageData) -> None:
+    with pytest.raises(DivergedError, match="became"):
+        list(run_trial(spec(lr=1e30, warmup_epochs=0.0), data=digits, device="cpu"))
+
+
+def test_wrong_input_is_refused_before_training(digits: ImageData) -> None:
+    wrong = TrialSpec(ModelSpec("resnet20", num_classes=7), DATA)
+    with pytest.raises(ConfigError, match="10 classes"):
+        next(run_trial(wrong, data=digits))
+    with pytest.raises(SurgeryError, match=r"layer9\.0"):
+        next(run_trial(spec(Policy(replacements=(Replacement("layer9.0", "skip"),))), data=digits))
+
+
+def test_mixed_precision_trains_as_well(digits: ImageData) -> None:
+    history = list(run_trial(spec(precision="bf16", epochs=6), data=digits, device="cpu"))
+    assert math.isfinite(history[-1].train_loss)
+    assert history[-1].accuracy > 0.6
+    assert np.isclose(history[-1].train_flops, list(run_trial(spec(epochs=6), data=digits))[-1].train_flops)
