@@ -103,10 +103,10 @@ def export_trial(run: Run, trial: int, out: Path, *, model: str | None = None) -
         draft = Path(scratch) / "export"
         draft.mkdir()
         save_weights(draft / WEIGHTS_FILE, materialize(trained))
-        provenance = _provenance(run, record, data_spec, training, data.input_shape)
+        provenance = _provenance(run, record, data_spec, training, data)
         replace(policy, provenance=provenance).save(draft / POLICY_FILE)
         report = _measure(draft, out, record, data, load_test(data_spec), training)
-        (draft / CARD_FILE).write_text(_card(run, record, report, policy), encoding="utf-8")
+        (draft / CARD_FILE).write_text(_card(run, record, report, policy, data), encoding="utf-8")
         draft.rename(out)
     return report
 
@@ -166,7 +166,7 @@ def _settings(run: Run, record: TrialRecord) -> tuple[DataSpec, TrainingSpec]:
 
 
 def _provenance(
-    run: Run, record: TrialRecord, data: DataSpec, training: TrainingSpec, input_shape: Sequence[int]
+    run: Run, record: TrialRecord, spec: DataSpec, training: TrainingSpec, data: ImageData
 ) -> dict[str, Any]:
     """Where an exported policy comes from, with all that a later training of it needs."""
     versions = run.folder / "versions.json"
@@ -176,13 +176,16 @@ def _provenance(
         "objectives": {name: record.metric(name) for name in run.objectives},
         "versions": json.loads(versions.read_text(encoding="utf-8")) if versions.exists() else {},
         "seed": record.seed,
-        "data": asdict(data),
+        "data": asdict(spec),
         "training": asdict(training),
-        "input_shape": list(input_shape),
+        "input_shape": list(data.input_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": list(data.classes),
     }
 
 
-def _card(run: Run, record: TrialRecord, report: ExportReport, policy: Policy) -> str:
+def _card(run: Run, record: TrialRecord, report: ExportReport, policy: Policy, data: ImageData) -> str:
     """The export's README: what it is, what it saves, how to use it."""
     assert policy.model is not None  # _named has looked
     reference = baseline(run)
@@ -202,6 +205,9 @@ def _card(run: Run, record: TrialRecord, report: ExportReport, policy: Policy) -
         epochs=record.fidelity,
         seed=record.seed,
         device=record.device,
+        shape=", ".join(str(extent) for extent in data.input_shape),
+        mean=[round(value, 6) for value in data.mean],
+        std=[round(value, 6) for value in data.std],
     )
 
 
@@ -227,7 +233,10 @@ The trained model, as plain PyTorch modules:
 from rlsearch.export import load_exported
 
 model = load_exported("this folder")
+logits = model((images / 255 - mean) / std)  # images of shape (batch, {shape}), 0 to 255
 ```
+
+with mean {mean} and std {std} along the channels (full precision in policy.json, beside the names of the classes).
 
 The policy, on a model of your own making, before you train it:
 

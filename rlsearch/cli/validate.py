@@ -76,12 +76,14 @@ def _content(summary: SpaceSummary) -> dict[str, Any]:
 def _print(space: SearchSpace, summary: SpaceSummary, name: str, console: Console) -> None:
     from rich.table import Table
 
-    console.print(f"{name}: valid", style="green", highlight=False)
+    # Sentences are not wrapped: they are read by a terminal, and by `grep`.
+    console.print(f"{name}: valid", style="green", highlight=False, markup=False, soft_wrap=True)
     plus = f", times the continuous {', '.join(summary.continuous)}" if summary.continuous else ""
     console.print(
         f"{summary.size:,} points{plus}: {summary.replacements:,} sets of replacements "
         f"(at most {summary.max_replaced} of {summary.num_units} units at once) and what is searched beside them",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(title=f"cost of {summary.sampled} random valid policies, nothing dropped")
     for column in ("", "baseline", "least", "median", "greatest"):
@@ -94,6 +96,6 @@ def _print(space: SearchSpace, summary: SpaceSummary, name: str, console: Consol
     for constraint in space.constraints:
         share = summary.constraints[constraint.metric]
         told = "only training can tell" if share is None else f"kept by {100 * share:.0f} % of them"
-        console.print(f"constraint {constraint.metric} {constraint}: {told}", highlight=False)
+        console.print(f"constraint {constraint.metric} {constraint}: {told}", highlight=False, soft_wrap=True)
     for warning in summary.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

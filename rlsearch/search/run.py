@@ -291,6 +291,7 @@ class _Watch(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Leaves the loop, at most a tenth of a second after the signal."""
         if self._request.signal_number is not None:
+            self._progress.note("stopping: what is under way goes on at the next resume")
             raise StopSearch
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -163,7 +163,7 @@ class TrialTrainable(tune.Trainable):
             trial.load_state_dict(state["trial"])
             self._epochs = list(state["epochs"])
         except (UserError, KeyError, RuntimeError, ValueError, TypeError) as error:
-            self._note = f"started again, its checkpoint could not be used: {_first_line(error)}"
+            self._note = f"started again, its checkpoint could not be used: {_reason(error)}"
             return self.make_trial(self._job.spec)
         return trial
 
@@ -199,10 +199,7 @@ class TrialTrainable(tune.Trainable):
 
 
 def _reason(error: Exception) -> str:
-    """The short word of the failure, and what its message says."""
+    """The short word of the failure, and what its message says, on one line."""
     word = error.reason if isinstance(error, TrialError) else type(error).__name__
-    return f"{word}: {_first_line(error)}"[:_REASON_LENGTH]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    reason = f"{word}: {' '.join(str(error).split()) or 'no message'}"
+    return reason if len(reason) <= _REASON_LENGTH else f"{reason[: _REASON_LENGTH - 1]}…"

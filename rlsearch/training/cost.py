@@ -23,6 +23,7 @@ from rlsearch.errors import ConfigError, ModelError, Problem, suggestion
 from rlsearch.model_graph import Segment, fake_copy, split
 from rlsearch.policy import Policy, Replacement
 from rlsearch.replacement import Unit, apply_policy, find_units, fits, learnable_params, plan, total_params
+from rlsearch.training.loop import autocast
 from rlsearch.training.segment_cost import SegmentCost, measure, saved_bytes
 
 # Tensors of a parameter's size that each optimizer keeps beside the parameter and its gradient.
@@ -105,7 +106,7 @@ class CostModel:
             example = torch.empty(2, *input_shape)
         self.units: tuple[Unit, ...] = tuple(find_units(self._model, example))
         self.segments: tuple[Segment, ...] = _segments(self._model, [unit.name for unit in self.units])
-        self._shapes = self._input_shapes()
+        self._inputs = self._segment_inputs()
         self._dense = self._sizes(self._model)
         # Filled as policies ask for them.
         self._segment_costs: dict[tuple[int, str, bool], SegmentCost] = {}
@@ -165,6 +166,7 @@ class CostModel:
         key = (index, _key(replacements), needs_input_gradient)
         if key not in self._segment_costs:
             segment = self.segments[index]
+            shape, dtype = self._inputs[index]
             originals = {item.unit: self._model.get_submodule(item.unit) for item in replacements}
             self._replace(replacements)
             for item in replacements:
@@ -172,7 +174,7 @@ class CostModel:
             with self._mode:
                 self._segment_costs[key] = measure(
                     segment.module,
-                    torch.empty(self._shapes[index], requires_grad=needs_input_gradient),
+                    torch.empty(shape, dtype=dtype, requires_grad=needs_input_gradient),
                     precision=self._precision,
                     parameters=[*self._model.parameters(), *self._model.buffers()],
                     is_last=index == len(self.segments) - 1,
@@ -206,15 +208,15 @@ class CostModel:
             _bytes(model.parameters()) + _bytes(model.buffers()),
         )
 
-    def _input_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of every segment's input batch."""
-        shapes = []
-        with self._mode, torch.no_grad():
+    def _segment_inputs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every segment's input batch."""
+        inputs = []
+        with self._mode, torch.no_grad(), autocast(self._precision, torch.device("cpu")):
             features = torch.empty(self._batch_shape)
             for segment in self.segments:
-                shapes.append(tuple(features.shape))
+                inputs.append((tuple(features.shape), features.dtype))
                 features = segment.module(features)
-        return shapes
+        return inputs
 
 
 _MODELS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], CostModel]] = weakref.WeakKeyDictionary()

@@ -60,6 +60,16 @@ class TrialSpec:
     policy: Policy = field(default_factory=Policy)
     seed: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types; two trials with equal ones give equal numbers on one machine."""
+        return {
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "training": asdict(self.training),
+            "policy": self.policy.hash,
+            "seed": self.seed,
+        }
+
 
 def run_trial(
     spec: TrialSpec, *, data: ImageData | None = None, device: str | None = None, checkpoint: Path | None = None
@@ -178,7 +188,7 @@ class Trial:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types, from which `load_state_dict` goes on as if nothing had happened."""
         return {
-            "policy_hash": self.spec.policy.hash,
+            "spec": self.spec.to_dict(),
             "epochs_done": self.epochs_done,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -192,12 +202,12 @@ class Trial:
         """Puts a state of the same specification into this new trial.
 
         Raises:
-            UserError: the state is of another policy.
+            UserError: the state is of another training.
         """
-        if state.get("policy_hash") != self.spec.policy.hash:
-            raise UserError(
-                f"checkpoint: it is of policy {state.get('policy_hash')}, this trial's is {self.spec.policy.hash}"
-            )
+        theirs, ours = state.get("spec", {}), self.spec.to_dict()
+        different = [part for part in ours if theirs.get(part) != ours[part]]
+        if different:
+            raise UserError(f"checkpoint: it is of another training, with another {', '.join(different)}; start afresh")
         self.model.load_state_dict(state["model"])
         if self._dropper:
             # The cut comes first: the optimizer's state is of what was still learning.

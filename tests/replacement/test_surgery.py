@@ -266,7 +266,6 @@ def test_surgery_without_memory_gives_the_same_numbers(resnet32, policy_of) -> N
     reports = [apply_policy(resnet32, policy), apply_policy(meta, policy, torch.empty(1, 3, 32, 32, device="meta"))]
     with mode:
         reports.append(apply_policy(fake, policy, units=units))
-        assert total_params(materialize(fake)) == total_params(fake)
         assert fake(torch.empty(2, 3, 32, 32)).shape == (2, 10)
     assert reports[0] == reports[1] == reports[2]
     assert total_params(resnet32) == total_params(meta) == total_params(fake)

@@ -15,7 +15,7 @@ from PIL import Image
 from rlsearch.errors import RunFolderError, UserError
 from rlsearch.policy import Policy, Replacement
 from rlsearch.results import front, read_run, select
-from rlsearch.results.charts import hypervolume_chart, units_chart
+from rlsearch.results.charts import front_chart, hypervolume_chart, units_chart
 from rlsearch.results.figures import front_png, groups, run_title
 from rlsearch.results.report import report_html, write_report
 from rlsearch.results.selection import normalised_hypervolume, policy_of
@@ -125,6 +125,15 @@ def test_what_a_file_says_is_text_and_nothing_else(make_record: Any, make_run: A
     assert len(evil.scripts) == len(harmless.scripts)
     for raw in ("<script>alert", "<img src=x", "</script><script>alert"):
         assert raw not in content
+
+
+def test_labels_that_plotly_reads_as_html_are_escaped(make_record: Any, make_run: Any) -> None:
+    policy = Policy(replacements=(Replacement("<a href='javascript:1'>unit</a>", "<b>block</b>"),))
+    run = read_run(make_run([make_record(0), make_record(1, policy, params=5)]))
+    for figure in (front_chart(run, select(run)), units_chart(run, select(run))):
+        labels = [label for trace in figure.data for label in (trace.name, *trace.x, *(trace.text or ()))]
+        assert any("&lt;b&gt;block" in str(label) for label in labels)
+        assert not any("<" in str(label).replace("<br>", "") for label in labels)
 
 
 def test_the_groups_of_the_picture_part_the_trials(run_folder: Path) -> None:

@@ -39,6 +39,8 @@ def four(make_record: Any) -> Run:
 def test_the_front_is_best_first(four: Run) -> None:
     assert [record.trial for record in front(four)] == [0, 1, 3]
     assert [record.trial for record in candidates(four)] == [0, 1, 2, 3]
+    better = replace(four.records[3], trial=4, accuracy=0.95, params=200)
+    assert [record.trial for record in front(replace(four, records=(*four.records, better)))] == [4, 0, 1, 3]
 
 
 def test_only_complete_finite_trials_are_candidates(make_record: Any) -> None:

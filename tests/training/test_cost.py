@@ -142,7 +142,9 @@ def test_precision_changes_what_is_saved() -> None:
     full = CostModel(build_model("resnet20"), SHAPE, 64).cost(Policy())
     half = CostModel(build_model("resnet20"), SHAPE, 64, precision="bf16").cost(Policy())
     assert half.step_flops == full.step_flops
-    assert half.memory < 0.9 * full.memory
+    # Activations halve, and a copy of the weights in bf16 is kept; parameters, gradients, optimizer state stay.
+    fixed = 3 * 4 * 272_474
+    assert half.memory - fixed == pytest.approx((full.memory - fixed) / 2 + 2 * 272_474, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,8 @@ def test_the_seed_decides_who_is_split_off_and_stays_the_same_for_ever() -> None
 def test_the_total_is_the_rounded_share(fraction: float) -> None:
     labels = np.repeat(np.arange(10), 33)
     assert len(stratified_split(labels, fraction, 0)[1]) == round(330 * fraction)
+
+
+def test_the_classes_nearest_to_one_more_image_give_it() -> None:
+    labels = np.repeat(np.arange(3), [11, 18, 14])  # a tenth of each: 1.1, 1.8 and 1.4 images, 4 in all
+    assert np.bincount(labels[stratified_split(labels, 0.1, 0)[1]]).tolist() == [1, 2, 1]

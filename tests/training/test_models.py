@@ -63,6 +63,16 @@ def test_a_cifar_resnet_halves_the_image_twice(side: int) -> None:
     assert model(images).shape == (2, 7)
 
 
+def test_a_block_adds_to_its_input() -> None:
+    blocks = build_model("resnet20").layer2.eval()
+    images = torch.randn(2, 16, 8, 8)
+    for block in blocks:
+        torch.nn.init.zeros_(block.bn2.weight)
+    projected = blocks[0](images)
+    assert torch.allclose(projected, blocks[0].downsample(images).relu())
+    assert torch.equal(blocks[2](blocks[1](projected)), projected)
+
+
 def test_a_cifar_resnet_of_impossible_depth_is_refused() -> None:
     with pytest.raises(ValueError, match="6n \\+ 2"):
         CifarResNet(21)

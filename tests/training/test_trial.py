@@ -181,10 +181,13 @@ def test_stored_features_give_way_when_memory_is_short(
     assert [item.accuracy for item in short] == [item.accuracy for item in recomputed]
 
 
-def test_a_policy_of_another_checkpoint_is_refused(digits: ImageData) -> None:
+def test_a_checkpoint_of_another_training_is_refused(digits: ImageData) -> None:
     state = Trial(spec(), data=digits, device="cpu").state_dict()
-    other = Trial(spec(Policy(learn_drop=drop())), data=digits, device="cpu")
-    with pytest.raises(UserError, match="checkpoint: it is of policy"):
+    other = Trial(spec(Policy(learn_drop=drop()), seed=1), data=digits, device="cpu")
+    with pytest.raises(UserError, match="with another policy, seed"):
+        other.load_state_dict(state)
+    other = Trial(spec(lr=0.01), data=digits, device="cpu")
+    with pytest.raises(UserError, match="with another training;"):
         other.load_state_dict(state)
 
 

@@ -1,0 +1,129 @@
+"""`rlsearch validate`, from its entry point to what it prints and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsearch.cli import main
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "search_spaces" / "digits_resnet32.yaml"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it printed."""
+
+    returncode: int | str | None
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def validate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the program's own entry point; starting a process for each would take the suite a minute."""
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr("sys.argv", ["rlsearch", "validate", *arguments])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return Done(ended.value.code, printed.out, printed.err)
+
+    return run
+
+
+def content(done: Done) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_valid_space_is_told_with_its_size_its_costs_and_its_limits(validate: Callable[..., Done]) -> None:
+    done = validate(str(DIGITS))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{DIGITS}: valid" in done.stdout
+    assert "210,796 points, times the continuous learn_drop.threshold: 52,699 sets of replacements" in done.stdout
+    assert "(at most 7 of 15 units at once)" in done.stdout
+    assert "466,906" in done.stdout
+    assert "constraint params <= 1.0x: kept by 100 % of them" in done.stdout
+
+
+def test_json_gives_the_same_in_numbers(validate: Callable[..., Done]) -> None:
+    done = validate(str(DIGITS), "--json", "--set", "constraints={params: '<= 0.8x', accuracy: '>= 0.9'}")
+    found = content(done)
+    assert (done.returncode, found["valid"], found["errors"], found["size"]) == (0, True, [], 210796)
+    assert found["continuous"] == ["learn_drop.threshold"]
+    assert set(found["cost"]) == {"params", "params_total", "memory_predicted", "forward_flops", "step_flops"}
+    for spread in found["cost"].values():
+        assert 0 < spread["least"] < spread["median"] < spread["baseline"]
+        # A low-rank block computes its U Vᵀ besides: it may cost more than what it replaces, but little.
+        assert spread["median"] < spread["greatest"] < 1.01 * spread["baseline"]
+    assert found["cost"]["params"]["baseline"] == 466906
+    assert found["constraints"]["accuracy"] is None
+    assert 0 < found["constraints"]["params"] < 1
+    assert found["feasible"] == found["constraints"]["params"]
+    assert found["warnings"] == []
+
+
+def test_every_error_is_told_at_once_with_exit_code_2_and_no_traceback(validate: Callable[..., Done]) -> None:
+    done = validate(str(DIGITS), "--set", "training.lr=-1", "--set", "serch={}", "--set", "data.name=digit")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "3 problems" in done.stderr
+    for told in (
+        "training.lr: must be a finite number above 0, got -1.0",
+        "serch: unknown key; did you mean 'search'?",
+        "data.name: unknown data set 'digit'; did you mean 'digits'?",
+    ):
+        assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "told"),
+    [
+        ("model.name=resnet33", "model", "unknown model 'resnet33'"),
+        ("space.replacement.units=block*", "space.replacement.units", "'block*' matches no unit of resnet32"),
+        ("space.replacement.blocks=[skp]", "space.replacement.blocks", "did you mean 'skip'?"),
+    ],
+)
+def test_json_names_the_key_of_every_error(validate: Callable[..., Done], setting: str, key: str, told: str) -> None:
+    done = validate(str(DIGITS), "--json", "--set", setting)
+    found = content(done)
+    assert (done.returncode, found["valid"], found["size"], found["cost"]) == (2, False, None, None)
+    (error,) = found["errors"]
+    assert error["key"] == key
+    assert told in error["message"]
+
+
+def test_missing_data_are_a_warning_and_the_costs_are_told_all_the_same(
+    validate: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = validate(str(ROOT / "search_spaces" / "cifar10_resnet20.yaml"), "--json")
+    found = content(done)
+    assert (done.returncode, found["valid"], found["size"]) == (0, True, 903)
+    (warning,) = found["warnings"]
+    assert "cifar10" in warning
+    assert "the search will not start without them; the costs are for images of 3x32x32" in warning
+    assert found["cost"]["params"]["baseline"] == 272474
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_that_no_policy_keeps_are_a_warning(validate: Callable[..., Done]) -> None:
+    found = content(validate(str(DIGITS), "--json", "--set", "constraints.params=<= 0.01x"))
+    assert (found["valid"], found["feasible"]) == (True, 0.0)
+    (warning,) = found["warnings"]
+    assert "none of 200 random policies keeps the constraints" in warning
+
+
+def test_more_classes_than_the_model_was_told_is_an_error(validate: Callable[..., Done]) -> None:
+    done = validate(str(DIGITS), "--set", "model.num_classes=7")
+    assert done.returncode == 2
+    assert "model.num_classes: must be at least the data's 10, got 7" in done.stderr
