@@ -148,10 +148,10 @@ def _named(policy: Policy, model: str | None) -> ModelSpec:
     spec = policy.model
     if spec is None:
         raise RunFolderError("the trial's policy names no model; the run is damaged")
-    if ":" in spec.name and model != spec.name:
-        raise ModelError(f"the run's model is code, {spec.name!r}: if you trust it, add --model {spec.name}")
     if model is not None and model != spec.name:
         raise ModelError(f"--model is {model!r}, but the run's model is {spec.name!r}")
+    if model is None and ":" in spec.name:
+        raise ModelError(f"the run's model is code, {spec.name!r}: if you trust it, add --model {spec.name}")
     return spec
 
 

@@ -150,7 +150,8 @@ class ComposedLayer(nn.Module):
             return operation.forward(x, self.weight, bias)
         mixing, tensors = type(self._mixings["weight"]), self._tensors("weight")
         dtype = dtype or tensors[0].dtype
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            # A compiler decides by itself what it keeps for the backward pass and what it makes again.
             return operation.forward(x, mixing.compose(*tensors).to(dtype), bias)
         return cast(Tensor, ComposedOperation.apply(operation, mixing, dtype, x, bias, *tensors))
 

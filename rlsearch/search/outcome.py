@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+CONSTRAINT = "constraint"
+"""The reason's first word where a trial was trained to its end and broke a constraint."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What is known of a trial after an epoch, or at its end.
@@ -30,9 +34,12 @@ class Outcome:
         return self.epochs[-1] if self.epochs else {}
 
     def has_values(self, objectives: Iterable[str]) -> bool:
-        """Whether the trial was trained to its end and every objective is a finite number."""
-        final = self.final
-        return bool(final) and final["epoch"] == final["epochs"] and not unmeasured(final, objectives)
+        """Whether the trial was trained to its end and every objective is a finite number.
+
+        Running out of memory is INFEASIBLE as breaking a constraint is, but leaves no result.
+        """
+        broke_constraint = self.state == "INFEASIBLE" and (self.reason or "").startswith(CONSTRAINT)
+        return (self.state == "COMPLETE" or broke_constraint) and not unmeasured(self.final, objectives)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, the epochs by column: a name is written once, not once an epoch."""

@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 
 from rlsearch.errors import OutOfMemoryError, SearchError
 from rlsearch.results.tables import TrialRecord
-from rlsearch.search.outcome import Outcome, unmeasured
+from rlsearch.search.outcome import CONSTRAINT, Outcome, unmeasured
 from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.sampler import BASELINE, SAMPLER, PolicySampler
@@ -121,6 +121,7 @@ class StudySearcher(Searcher):
         # What is relative to the baseline can only be judged once that has ended; it started first.
         if self._waits_for_baseline():
             return
+        self._held.sort(key=lambda item: item[0].number)  # the baseline before what is relative to it
         while self._held:
             self._close(*self._held.pop(0))
 
@@ -191,7 +192,7 @@ class StudySearcher(Searcher):
         if broken and outcome.state == "COMPLETE":
             bounds = {constraint.metric: str(constraint) for constraint in self._space.constraints}
             told = ", ".join(f"{name} must be {bounds[name]}, is {outcome.final[name]:g}" for name in broken)
-            outcome = Outcome("INFEASIBLE", outcome.epochs, f"constraint: {told}", outcome.detail)
+            outcome = Outcome("INFEASIBLE", outcome.epochs, f"{CONSTRAINT}: {told}", outcome.detail)
         record = self._study.finish(planned.number, outcome, violations)
         self.records[record.trial] = record
         records = [self.records[number] for number in sorted(self.records)]

@@ -211,8 +211,8 @@ class RunStudy:
         state, values = TrialState.FAIL, None
         if outcome.state == "PRUNED":
             state = TrialState.PRUNED
-        elif outcome.state in ("COMPLETE", "INFEASIBLE") and outcome.has_values(self.objectives):
-            # A trial that was trained to its end and broke a constraint has values too: the sampler learns from them.
+        elif outcome.has_values(self.objectives):
+            # One that broke a constraint is COMPLETE to Optuna: the sampler learns from its values.
             state, values = TrialState.COMPLETE, [float(outcome.final[name]) for name in self.objectives]
         self._storage.set_trial_state_values(trial_id, state, values)
         return _record(self._storage.get_trial(trial_id))

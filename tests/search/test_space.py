@@ -63,7 +63,7 @@ def test_the_digits_space_says_what_its_file_says() -> None:
     assert (space.model.name, space.data.name, space.num_classes) == ("resnet32", "digits", None)
     assert (space.training.epochs, space.training.batch_size, space.training.lr) == (9, 64, 0.1)
     assert space.searched == {
-        "learn_drop.threshold": FloatDistribution(1e-3, 1e-1, log=True),
+        "learn_drop.threshold": FloatDistribution(2e-2, 3e-1, log=True),
         "learn_drop.patience": IntDistribution(1, 3),
     }
     assert space.objectives == DEFAULT_OBJECTIVES

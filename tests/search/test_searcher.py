@@ -1,0 +1,321 @@
+"""The searcher, the study and the tables, driven as Tune drives them; no cluster, and no training."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+from rich.console import Console
+
+from rlsearch.errors import RunFolderError, SearchError
+from rlsearch.results.tables import epochs_path, read_epochs, read_trials
+from rlsearch.search.outcome import Outcome
+from rlsearch.search.progress import SearchProgress
+from rlsearch.search.run import Prepared, prepare
+from rlsearch.search.run_folder import RunFolder
+from rlsearch.search.scheduler import Racing
+from rlsearch.search.searcher import StopSearch, StudySearcher
+from rlsearch.search.space import parse_space
+from rlsearch.search.study import RunStudy
+from rlsearch.training.metrics import EpochMetrics
+
+BASELINE = {"accuracy": 0.9, "params": 272_474, "memory": 9_000_000, "train_flops": 1e10}
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    space = {
+        "model": {"name": "resnet20"},
+        "data": {"name": "digits", "limit": 60},
+        "training": {"epochs": 2, "batch_size": 32},
+        "objectives": {"accuracy": "maximize", "params": "minimize", "train_flops": "minimize"},
+        "space": {
+            "replacement": {"units": "layer*", "blocks": ["skip", "scalar"], "max_fraction": 0.5},
+            "learn_drop": {"threshold": {"low": 0.001, "high": 0.1, "log": True}},
+        },
+        "search": {"trials": 8, "startup_trials": 4},
+    }
+    return space | changes
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Prepared:
+    return prepare(parse_space(content()))
+
+
+class Search:
+    """The parts of a search in one folder; opened again, it is what a resume finds."""
+
+    def __init__(self, path: Path, prepared: Prepared, deadline: float | None = None) -> None:
+        self.folder = RunFolder(path)
+        self.space = prepared.space
+        path.mkdir(exist_ok=True)
+        if self.folder.study_path.exists():
+            self.study = RunStudy.open(self.folder.study_path)
+            self.study.reconcile()
+            self.folder.follow(self.study.records(), self.study.epochs, list(self.space.objectives))
+        else:
+            resolved = self.space.to_dict()
+            self.study = RunStudy.create(self.folder.study_path, path.name, resolved, self.space.search.trials)
+        progress = SearchProgress(Console(quiet=True), self.space.objectives, self.space.search.trials)
+        self.searcher = StudySearcher(self.space, self.study, self.folder, prepared.sampler, progress, deadline)
+
+    def start(self, trial_id: str) -> int:
+        """Starts a trial; its number."""
+        config = self.searcher.suggest(trial_id)
+        assert isinstance(config, dict)
+        self.searcher.on_trial_result(trial_id, {"outcome": Outcome("RUNNING", rows(1))})
+        return int(config["job"].number)
+
+    def end(self, trial_id: str, state: str = "COMPLETE", reason: str | None = None, **metrics: float) -> None:
+        """Ends a trial as its Trainable would report it."""
+        outcome = Outcome(state, rows(2, **metrics), reason)
+        self.searcher.on_trial_complete(trial_id, {**outcome.final, "outcome": outcome, "done": True})
+
+    def states(self) -> list[str]:
+        return [trial.state.name for trial in self.study.study.get_trials(deepcopy=False)]
+
+
+def rows(count: int, **metrics: float) -> tuple[Mapping[str, Any], ...]:
+    """The metrics of ``count`` of two epochs."""
+    measured = BASELINE | metrics
+    fixed: dict[str, Any] = {"validation_loss": 0.4, "train_loss": 0.5, "lr": 0.1, "params_total": 272_474}
+    fixed |= {"learnable_params": 272_474, "memory_predicted": 9_000_000, "forward_flops": 3e9, "train_seconds": 1.5}
+    fixed |= {"samples_per_second": 80.0, "dropped_units": 0, "device": "cpu"}
+    return tuple(EpochMetrics(epoch=e, epochs=2, **{**fixed, **measured}).to_dict() for e in range(1, count + 1))
+
+
+@pytest.fixture
+def search(tmp_path: Path, prepared: Prepared) -> Search:
+    return Search(tmp_path / "run", prepared)
+
+
+def test_the_baseline_and_the_controls_come_first_and_the_target_ends_the_search(search: Search) -> None:
+    assert [search.start(str(number)) for number in range(8)] == list(range(8))
+    origins = [trial.user_attrs["origin"] for trial in search.study.study.trials]
+    assert origins == ["baseline", "skip control", "freeze control", *["sampler"] * 5]
+    assert search.states() == ["RUNNING"] * 8
+    assert search.searcher.suggest("one too many") == Searcher.FINISHED
+    assert search.searcher.why_ended is None
+    hashes = [trial.user_attrs["policy_hash"] for trial in search.study.study.trials]
+    assert len(set(hashes)) == 8
+
+
+def test_a_complete_trial_is_in_the_study_the_tables_and_tensorboard(search: Search) -> None:
+    number = search.start("a")
+    search.folder.checkpoints(number).mkdir(parents=True)
+    (search.folder.checkpoints(number) / "last.pt").write_bytes(b"state")
+    search.end("a", accuracy=0.91)
+    trial = search.study.study.trials[0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.values == [0.91, 272_474, 1e10]
+    (record,) = read_trials(search.folder.trials_path)
+    assert (record.trial, record.state, record.origin, record.fidelity) == (0, "COMPLETE", "baseline", 2)
+    assert (record.accuracy, record.params, record.memory, record.device) == (0.91, 272_474, 9_000_000, "cpu")
+    assert record.policy_hash == trial.user_attrs["policy_hash"]
+    assert json.loads(record.training)["epochs"] == 2
+    assert record.started is not None
+    assert record.ended is not None
+    assert record.started <= record.ended
+    assert [row["accuracy"] for row in read_epochs(epochs_path(search.folder.path, 0))] == [0.91, 0.91]
+    assert search.study.records() == [record]
+    assert sorted(path.name for path in (search.folder.path / "tensorboard").iterdir()) == ["trial-00000"]
+    assert not (search.folder.checkpoints(number) / "last.pt").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_fails_the_trial_and_never_reaches_the_study(search: Search, value: float) -> None:
+    search.start("a")
+    search.end("a", accuracy=value)
+    assert search.states() == ["FAIL"]
+    assert search.study.study.trials[0].values is None
+    (record,) = read_trials(search.folder.trials_path)
+    assert record.state == "FAIL"
+    assert record.reason == f"no_result: every objective must be a finite number, but accuracy is {value}"
+
+
+def test_failures_keep_their_reason_and_the_search_goes_on(search: Search) -> None:
+    for trial_id in "abc":
+        search.start(trial_id)
+    search.end("a", state="FAIL", reason="diverged: the training loss became nan")
+    search.end("b", state="INFEASIBLE", reason="out_of_memory: tried to allocate 80 GiB")
+    search.searcher.on_trial_complete("c", None, error=True)
+    records = read_trials(search.folder.trials_path)
+    assert [record.state for record in records] == ["FAIL", "INFEASIBLE", "FAIL"]
+    assert [record.reason.split(":")[0] for record in records if record.reason] == [
+        "diverged",
+        "out_of_memory",
+        "worker_lost",
+    ]
+    assert records[2].fidelity == 1  # what it had reported before its process was lost
+    # Running out of memory after the last epoch still is no result.
+    assert search.states() == ["FAIL", "FAIL", "FAIL"]
+    assert search.start("d") == 3
+
+
+def test_too_many_failures_end_the_search_with_the_reason(tmp_path: Path) -> None:
+    few = content(search={"trials": 8, "max_failures": 1})
+    search = Search(tmp_path / "run", prepare(parse_space(few)))
+    search.start("a")
+    search.start("b")
+    search.end("a", state="FAIL", reason="diverged: early")
+    with pytest.raises(StopSearch) as stopped:
+        search.end("b", state="FAIL", reason="diverged: again")
+    assert isinstance(stopped.value.cause, SearchError)
+    assert "more than 1 trials have failed (search.max_failures); the last one: diverged: again" in str(stopped.value)
+    assert search.states() == ["FAIL", "FAIL"]
+
+
+def test_a_measured_constraint_makes_a_trial_infeasible_and_steers_the_sampler(tmp_path: Path) -> None:
+    bounded = prepare(parse_space(content(constraints={"accuracy": ">= 0.8", "train_flops": "<= 0.9x"})))
+    search = Search(tmp_path / "run", bounded)
+    for trial_id in "abc":
+        search.start(trial_id)
+    search.end("b", accuracy=0.95, train_flops=0.5e10)
+    assert search.states() == ["RUNNING"] * 3  # 0.9x of what? The baseline has not ended yet
+    search.end("a", accuracy=0.95)
+    search.end("c", accuracy=0.79, train_flops=0.5e10)
+    baseline, kept, broken = read_trials(search.folder.trials_path)
+    assert baseline.state == "INFEASIBLE"
+    assert baseline.reason == "constraint: train_flops must be <= 0.9x, is 1e+10"
+    assert (kept.state, kept.reason) == ("COMPLETE", None)
+    assert broken.state == "INFEASIBLE"
+    assert broken.reason == "constraint: accuracy must be >= 0.8, is 0.79"
+    assert search.states() == ["COMPLETE"] * 3
+    trials = search.study.study.trials
+    assert trials[0].constraints == pytest.approx({"accuracy": -0.15, "train_flops": 0.1e10})
+    assert trials[1].constraints == pytest.approx({"accuracy": -0.15, "train_flops": -0.4e10})
+    assert [trial.number for trial in search.study.study.best_trials] == [1]
+
+
+def test_a_raced_out_trial_is_pruned_and_never_complete(search: Search) -> None:
+    racing = Racing(1, 2, 2, search.space.objectives, search.searcher.is_protected)
+    search.searcher.racing = racing
+    for trial_id in "abcde":
+        search.start(trial_id)
+        accuracy = 0.5 if trial_id == "e" else 0.9
+        decision = racing.on_trial_result(None, _tune_trial(trial_id), dict(rows(1, accuracy=accuracy)[0]))
+        assert decision == ("STOP" if trial_id == "e" else "CONTINUE")
+    outcome = Outcome("RUNNING", rows(1, accuracy=0.5))
+    search.searcher.on_trial_complete("e", {**outcome.final, "outcome": outcome, "done": True})
+    (record,) = read_trials(search.folder.trials_path)
+    assert (record.trial, record.state, record.fidelity, record.accuracy) == (4, "PRUNED", 1, 0.5)
+    assert record.reason is not None
+    assert record.reason.startswith("raced out after epoch 1")
+    assert search.states()[4] == "PRUNED"
+    assert search.study.study.trials[4].values is None
+
+
+def test_no_trial_starts_after_the_time_budget(tmp_path: Path, prepared: Prepared) -> None:
+    search = Search(tmp_path / "run", prepared, deadline=time.monotonic() + 0.5)
+    search.start("a")
+    time.sleep(0.5)
+    assert search.searcher.suggest("b") == Searcher.FINISHED
+    assert search.searcher.why_ended == "the time budget is spent"
+
+
+def test_an_exhausted_space_ends_the_search_and_says_so(tmp_path: Path) -> None:
+    tiny = content(space={"replacement": {"units": "layer1.1", "blocks": ["skip"], "max_fraction": 1.0}})
+    search = Search(tmp_path / "run", prepare(parse_space(tiny)))
+    assert [search.start(trial_id) for trial_id in "ab"] == [0, 1]
+    assert search.searcher.suggest("c") == Searcher.FINISHED
+    assert search.searcher.why_ended is not None
+    assert "no further policy" in search.searcher.why_ended
+
+
+def test_an_interrupted_search_proposes_what_a_straight_one_does(tmp_path: Path, prepared: Prepared) -> None:
+    straight = Search(tmp_path / "straight", prepared)
+    for number in range(8):
+        straight.start(str(number))
+        straight.end(str(number), accuracy=0.5 + 0.05 * number)
+    expected = [(r.trial, r.policy_hash, r.accuracy) for r in read_trials(straight.folder.trials_path)]
+    for number in range(8):  # every trial is cut short once, by a kill or by a Ctrl-C
+        search = Search(tmp_path / "interrupted", prepared)
+        assert search.start("cut short") == number
+        if number % 2:
+            assert search.searcher.release() == 1
+            assert search.states()[-1] == "WAITING"
+        search = Search(tmp_path / "interrupted", prepared)
+        assert search.start("again") == number
+        assert search.states()[-1] == "RUNNING"
+        search.end("again", accuracy=0.5 + 0.05 * number)
+    records = read_trials(search.folder.trials_path)
+    assert [(r.trial, r.policy_hash, r.accuracy) for r in records] == expected
+    assert search.states() == ["COMPLETE"] * 8
+    assert search.searcher.suggest("one too many") == Searcher.FINISHED
+
+
+def test_a_kill_between_the_outcome_and_the_state_is_settled(search: Search, prepared: Prepared) -> None:
+    search.start("a")
+    storage = search.study.study._storage
+    storage.set_trial_user_attr(
+        search.study.study.trials[0]._trial_id, "outcome", Outcome("COMPLETE", rows(2)).to_dict()
+    )
+    again = Search(search.folder.path, prepared)
+    assert again.states() == ["COMPLETE"]
+    assert again.study.study.trials[0].values == [0.9, 272_474, 1e10]
+    assert [record.state for record in read_trials(again.folder.trials_path)] == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "of another run"])
+def test_tables_are_rebuilt_from_the_study(search: Search, prepared: Prepared, damage: str) -> None:
+    for trial_id in "ab":
+        search.start(trial_id)
+        search.end(trial_id, accuracy=0.8)
+    trials, epochs = search.folder.trials_path, epochs_path(search.folder.path, 1)
+    before = (read_trials(trials), read_epochs(epochs))
+    stray = epochs_path(search.folder.path, 7)
+    for file in (trials, epochs):
+        if damage == "missing":
+            file.unlink()
+        elif damage == "truncated":
+            file.write_bytes(file.read_bytes()[:-20])
+    if damage == "of another run":
+        stray.write_bytes(epochs.read_bytes())
+    Search(search.folder.path, prepared)
+    assert (read_trials(trials), read_epochs(epochs)) == before
+    assert not stray.exists()
+
+
+def test_a_file_that_cannot_be_written_ends_the_search_and_loses_nothing(search: Search, prepared: Prepared) -> None:
+    search.start("a")
+    (search.folder.path / "epochs").write_text("in the way")
+    with pytest.raises(StopSearch) as stopped:
+        search.end("a")
+    assert isinstance(stopped.value.cause, OSError)
+    (search.folder.path / "epochs").unlink()
+    again = Search(search.folder.path, prepared)
+    assert [record.accuracy for record in read_trials(again.folder.trials_path)] == [0.9]
+
+
+def test_a_damaged_study_is_named(search: Search) -> None:
+    path = search.folder.study_path
+    search.start("a")
+    whole = path.read_bytes()
+    for damaged in (b"", b"not a database" * 100, whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(RunFolderError, match=r"study\.db: "):
+            RunStudy.open(path)
+    path.write_bytes(whole)
+    optuna.create_study(storage=f"sqlite:///{path}", study_name="another")
+    with pytest.raises(RunFolderError, match="must hold one study, has 2"):
+        RunStudy.open(path)
+
+
+def test_an_outcome_survives_the_way_into_the_study_and_back() -> None:
+    for outcome in (Outcome("COMPLETE", rows(2), "a note", "detail"), Outcome("FAIL", (), "no epochs")):
+        assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
+
+
+def _tune_trial(trial_id: str) -> Any:
+    """Tune's own record of a trial."""
+    from ray.tune.experiment import Trial
+
+    return Trial("a trainable that is never looked up", trial_id=trial_id, stub=True)
