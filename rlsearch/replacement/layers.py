@@ -85,7 +85,7 @@ class ComposedOperation(torch.autograd.Function):
 
     # With a separate setup_context, calling it takes six times as long.
     @staticmethod
-    def forward(  # type: ignore[override]  # ctx and the arguments are open in the base class
+    def forward(
         ctx: Any,
         operation: Convolution | Linear,
         mixing: type[Mixing],

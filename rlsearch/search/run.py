@@ -219,7 +219,9 @@ class _Search:
         )
         searcher.racing = self._racing(searcher.is_protected)
         with stop_requests() as request, progress:
-            cause = self._fit(searcher, _Watch(request, progress), scratch)
+            watch = _Watch(request, progress)
+            searcher.error_of = watch.error_of
+            cause = self._fit(searcher, watch, scratch)
             searcher.release()
         if cause is not None:
             raise _explained(cause, self._folder) from cause
@@ -278,11 +280,12 @@ class _Search:
 
 
 class _Watch(tune.Callback):
-    """Looks in every round of Tune's loop whether somebody asked the search to stop."""
+    """Looks in every round of Tune's loop whether somebody asked the search to stop, and knows why workers were lost."""
 
     def __init__(self, request: StopRequest, progress: SearchProgress) -> None:
         self._request = request
         self._progress = progress
+        self._trials: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its parts for a restore of its own, which never happens here."""
@@ -290,6 +293,7 @@ class _Watch(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Leaves the loop, at most a tenth of a second after the signal."""
+        self._trials = trials
         if self._request.signal_number is not None:
             self._progress.note("stopping: what is under way goes on at the next resume")
             raise StopSearch
@@ -297,6 +301,11 @@ class _Watch(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker was lost; its trial starts again."""
         self._progress.note(f"trial {trial.config['job'].number}: its process was lost; it starts once more")
+
+    def error_of(self, trial_id: str) -> str:
+        """What Ray says about the loss of a trial's worker."""
+        file = next((trial.error_file for trial in self._trials if trial.trial_id == trial_id), None)
+        return Path(file).read_text(encoding="utf-8") if file else ""
 
 
 def _slots(prepared: Prepared) -> Slots:

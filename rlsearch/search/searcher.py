@@ -24,6 +24,8 @@ from rlsearch.search.study import PlannedTrial, RunStudy
 from rlsearch.search.trainable import Job
 from rlsearch.training.trial import TrialSpec
 
+_DETAIL_LINES = 12
+_REASON_LENGTH = 250
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -68,6 +70,7 @@ class StudySearcher(Searcher):
     Attributes:
         racing: the scheduler that may have stopped a trial; None without racing.
         records: the trials that have ended, by number.
+        error_of: from a trial's Tune id to what Ray says about the loss of its worker.
         why_ended: why no further trial was started before the search had all of them, or None.
     """
 
@@ -93,6 +96,7 @@ class StudySearcher(Searcher):
         self._num_failed = 0
         self.records = {record.trial: record for record in study.records()}
         self.racing: Racing | None = None
+        self.error_of: Callable[[str], str] = lambda trial_id: ""
         self.why_ended: str | None = None
 
     @_stops
@@ -166,9 +170,13 @@ class StudySearcher(Searcher):
     def _outcome(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> Outcome:
         """How a trial ended, before its constraints are looked at."""
         last = self._last.pop(trial_id, Outcome("RUNNING"))
-        if error or result is None or "outcome" not in result:
-            reason = "worker_lost: its process ended twice without a result (killed, or out of host memory)"
-            return Outcome("FAIL", last.epochs, reason if error else "no_result: it reported nothing")
+        if error:
+            lines = [line.strip() for line in self.error_of(trial_id).splitlines() if line.strip()]
+            told = lines[-1][:_REASON_LENGTH] if lines else "killed, or out of host memory"
+            reason = f"worker_lost: its process ended twice without a result: {told}"
+            return Outcome("FAIL", last.epochs, reason, "\n".join(lines[-_DETAIL_LINES:]))
+        if result is None or "outcome" not in result:
+            return Outcome("FAIL", last.epochs, "no_result: it reported nothing")
         outcome: Outcome = result["outcome"]
         if self.racing is not None and trial_id in self.racing.raced_out:
             return Outcome("PRUNED", outcome.epochs, self.racing.raced_out[trial_id])

@@ -214,11 +214,12 @@ def test_a_raced_out_trial_is_pruned_and_never_complete(search: Search) -> None:
 
 
 def test_no_trial_starts_after_the_time_budget(tmp_path: Path, prepared: Prepared) -> None:
-    search = Search(tmp_path / "run", prepared, deadline=time.monotonic() + 0.5)
-    search.start("a")
-    time.sleep(0.5)
-    assert search.searcher.suggest("b") == Searcher.FINISHED
-    assert search.searcher.why_ended == "the time budget is spent"
+    in_time = Search(tmp_path / "in time", prepared, deadline=time.monotonic() + 600)
+    assert in_time.start("a") == 0
+    late = Search(tmp_path / "late", prepared, deadline=time.monotonic())
+    assert late.searcher.suggest("a") == Searcher.FINISHED
+    assert late.searcher.why_ended == "the time budget is spent"
+    assert late.states() == []
 
 
 def test_an_exhausted_space_ends_the_search_and_says_so(tmp_path: Path) -> None:

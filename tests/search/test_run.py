@@ -1,0 +1,254 @@
+"""Whole searches with a real Ray cluster of this machine: two trials at once, a few epochs, on the digits images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+import yaml
+from rich.console import Console
+
+from rlsearch.errors import ConfigError, DataError, RunFolderError, SearchError, UserError
+from rlsearch.results.tables import read_epochs, read_run
+from rlsearch.search.cluster import Slots, plan_slots, ray_cluster
+from rlsearch.search.run import resume_search, start_search
+from rlsearch.search.run_folder import RunFolder
+from rlsearch.search.space import SearchSpace, parse_space
+from rlsearch.search.trainable import TrialTrainable
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its own sockets and log files to the collector
+
+
+# Workers cannot import a test module: its Trainables travel as code.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def space(**changes: Any) -> SearchSpace:
+    content = {
+        "model": {"name": "resnet20"},
+        "data": {"name": "digits", "limit": 120},
+        "training": {"epochs": 2, "batch_size": 32},
+        "space": {
+            "replacement": {"units": "layer*", "blocks": ["skip", "scalar"], "max_fraction": 0.5},
+            "learn_drop": {},
+        },
+        "search": {"trials": 5, "seed": 3, "max_concurrent": 2},
+        "resources": {"cpu": 1, "gpu": 0},
+    }
+    return parse_space(content | changes)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for all searches of this module; each would start its own otherwise."""
+    with ray_cluster():
+        yield
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+class Clumsy(TrialTrainable):
+    """Loses its process once in trial 1, and always in trial 2: by a real SIGKILL, after an epoch."""
+
+    def step(self) -> dict[str, Any]:
+        number, epochs = self._job.number, len(self._epochs)
+        mark = Path(self._settings.folder) / "killed"
+        if epochs == 1 and (number == 2 or (number == 1 and not mark.exists())):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step()
+
+
+class OneProcess(TrialTrainable):
+    """Notes which process trained which trial."""
+
+    def step(self) -> dict[str, Any]:
+        with (Path(self._settings.folder) / "processes").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().step()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_search_and_more_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    console = quiet()
+    result = start_search(space(), folder, console=console, trainable=OneProcess)
+    assert (len(result.records), result.signal_exit_code, result.why_ended) == (5, None, None)
+    run = read_run(folder)
+    assert run.records == result.records
+    assert [record.origin for record in run.records][:3] == ["baseline", "skip control", "freeze control"]
+    assert {record.state for record in run.records} == {"COMPLETE"}
+    assert len(set((folder / "processes").read_text().split())) == 2  # two at once, and both reused
+    for record in run.records:
+        rows = read_epochs(folder / "epochs" / f"trial-{record.trial:05d}.parquet")
+        assert [row["epoch"] for row in rows] == [1, 2]
+        assert rows[-1]["accuracy"] == record.accuracy
+        assert (folder / "checkpoints" / f"trial-{record.trial:05d}" / "model.safetensors").is_file()
+    assert {path.name for path in folder.iterdir()} == {
+        *("space.yaml", "study.db", "trials.parquet", "versions.json", "run.lock"),
+        *("epochs", "tensorboard", "checkpoints", "processes"),
+    }
+    assert parse_space(yaml.safe_load((folder / "space.yaml").read_text())).search.seed == 3
+    assert json.loads((folder / "versions.json").read_text())["history"][0]["ray"] == ray.__version__
+    shown = console.file.getvalue()
+    assert "5 of 5 trials done" in shown
+    assert "best accuracy" in shown
+    assert "hypervolume" in shown
+
+    more = resume_search(folder, trials="+2", console=quiet())
+    assert [record.trial for record in more.records] == list(range(7))
+    assert more.records[:5] == result.records
+    study = optuna.load_study(study_name=_study_name(folder), storage=f"sqlite:///{folder}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 7
+    assert resume_search(folder, console=quiet()).records == more.records  # nothing is left: nothing is done
+    with pytest.raises(UserError, match="--trials: must be at least the 7 trials the run has already, got 6"):
+        resume_search(folder, trials="6", console=quiet())
+    with pytest.raises(RunFolderError, match="holds a search already; go on with it by `rlsearch resume"):
+        start_search(space(), folder)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "from rlsearch import build_model\n\n\ndef small(num_classes):\n"
+        "    return build_model('resnet20', num_classes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # the command line does that
+    console = quiet()
+    searched = space(model={"name": "my_models:small"}, search={"trials": 4, "max_concurrent": 2})
+    result = start_search(searched, tmp_path / "run", console=console, trainable=Clumsy)
+    assert [record.state for record in result.records] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert result.records[1].fidelity == 2
+    assert result.records[2].reason is not None
+    assert result.records[2].reason.startswith("worker_lost: ")
+    assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
+    diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 2})
+    with pytest.raises(SearchError, match=r"all 2 trials failed; the reason of [12] of them: diverged: "):
+        start_search(diverging, tmp_path / "run", console=quiet())
+    assert [record.state for record in read_run(tmp_path / "run").records] == ["FAIL", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"data": {"name": "digits", "root": "nowhere", "image_size": -1}}, UserError),
+        ({"data": {"name": "imagefolder:nowhere"}}, DataError),
+        ({"model": {"name": "resnet21"}}, ConfigError),
+        ({"model": {"name": "resnet20", "num_classes": 3}}, ConfigError),
+    ],
+)
+def test_bad_input_leaves_no_folder_behind(tmp_path: Path, changes: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        start_search(space(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_trial_that_asks_for_more_than_there_is_leaves_no_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resources\.cpu: must be at most the \d+ cores there are, got 4096"):
+        start_search(space(resources={"cpu": 4096}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match=r"is not empty \(thesis\.tex\) and holds no run; give another --run-dir"):
+        start_search(space(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
+    with pytest.raises(RunFolderError, match="so there is no run to resume"):
+        resume_search(tmp_path)
+    with pytest.raises(RunFolderError, match="there is no such folder"):
+        resume_search(tmp_path / "nowhere")
+
+
+def test_a_changed_search_space_is_refused_with_the_difference(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    content = space().to_dict()
+    folder.write_space(content)
+    folder.check_space(content)
+    file = tmp_path / "space.yaml"
+    file.write_text(file.read_text().replace("batch_size: 32", "batch_size: 64"))
+    with pytest.raises(RunFolderError, match=r"(?s)no longer what .*-  batch_size: 32\n\+  batch_size: 64"):
+        folder.check_space(content)
+    file.unlink()
+    folder.check_space(content)
+    assert yaml.safe_load(file.read_text()) == content
+
+
+def test_a_lock_names_its_holder_and_is_free_when_that_dies(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfrom rlsearch.search.run_folder import RunFolder\n"
+            "with RunFolder(sys.argv[1]).locked():\n    print('held', flush=True)\n    time.sleep(600)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        refused = RunFolder(tmp_path).locked()
+        with pytest.raises(RunFolderError, match=rf"is in use by process {holder.pid} of .+ on .+, since 20"):
+            refused.__enter__()
+        holder.kill()
+    with RunFolder(tmp_path).locked():
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("asked", "machine", "expected"),
+    [
+        ({"cpu": 1, "gpu": None}, {"CPU": 2}, Slots(2, 1, 0.0)),
+        ({"cpu": 0.5, "gpu": None}, {"CPU": 2}, Slots(4, 0.5, 0.0)),
+        ({"cpu": 2, "gpu": None}, {"CPU": 3}, Slots(1, 2, 0.0)),
+        ({"cpu": 1, "gpu": None}, {"CPU": 16, "GPU": 1}, Slots(8, 1, 1 / 8)),  # plenty of memory: eight at most
+        ({"cpu": 4, "gpu": None}, {"CPU": 16, "GPU": 1}, Slots(4, 4, 1 / 4)),  # as many as the cores feed
+        ({"cpu": 1, "gpu": None, "predicted_bytes": 4 * GIB}, {"CPU": 16, "GPU": 1}, Slots(3, 1, 1 / 3)),
+        ({"cpu": 1, "gpu": None, "predicted_bytes": 90 * GIB}, {"CPU": 16, "GPU": 1}, Slots(1, 1, 1.0)),
+        ({"cpu": 1, "gpu": None}, {"CPU": 16, "GPU": 4}, Slots(16, 1, 1 / 4)),
+        ({"cpu": 1, "gpu": 0.5}, {"CPU": 16, "GPU": 2}, Slots(4, 1, 0.5)),
+        ({"cpu": 1, "gpu": 2}, {"CPU": 16, "GPU": 5}, Slots(2, 1, 2)),
+        ({"cpu": 1, "gpu": 0}, {"CPU": 3, "GPU": 1}, Slots(3, 1, 0)),
+        ({"cpu": 1, "gpu": None, "most": 2}, {"CPU": 16}, Slots(2, 1, 0.0)),
+    ],
+)
+def test_how_many_trials_run_at_once(asked: dict[str, Any], machine: dict[str, float], expected: Slots) -> None:
+    gpu_bytes = 24 * GIB if "GPU" in machine else None
+    found = plan_slots(**{"predicted_bytes": GIB // 4} | asked, resources=machine, gpu_bytes=gpu_bytes)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected))
+
+
+def test_more_gpus_than_there_are_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"resources\.gpu: must be at most the 0 GPUs there are, got 0\.5; auto"):
+        plan_slots(1, 0.5, GIB, {"CPU": 2})
+
+
+def _study_name(folder: Path) -> str:
+    (name,) = optuna.get_all_study_names(f"sqlite:///{folder}/study.db")
+    return name
