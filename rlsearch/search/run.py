@@ -333,8 +333,9 @@ def _target(trials: str | int | None, study: RunStudy) -> int:
     if not re.fullmatch(r"\+?\d+", text):
         raise UserError(f"--trials: must be a whole number, or one with a plus for so many more, got {text!r}")
     target = study.target + int(text) if text.startswith("+") else int(text)
-    if target < study.num_trials:
-        raise UserError(f"--trials: must be at least the {study.num_trials} trials the run has already, got {target}")
+    least = max(1, study.num_trials)
+    if target < least:
+        raise UserError(f"--trials: must be at least {least}, as many as the run has already, got {target}")
     return target
 
 

@@ -64,7 +64,7 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise RunFolderError(f"{self.path}: is a file; give another --run-dir")
-        if (self.path / _SPACE).exists() or self.study_path.exists():
+        if self.study_path.exists():
             raise RunFolderError(
                 f"{self.path}: holds a search already; go on with it by `rlsearch resume {self.path}`, "
                 "or give another --run-dir"

@@ -6,6 +6,7 @@ one `suggest` is one write to the study's database, and a policy takes some thir
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -21,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rlsearch.policy import LearnDrop, Policy
 from rlsearch.search.costs import HardConstraints
 from rlsearch.search.policy_space import Decided, PolicySpace, Suggest, params_key
-from rlsearch.search.ranges import Distribution, draw
+from rlsearch.search.ranges import Distribution, draw, size_of
 from rlsearch.training.loop import TrainingSpec
 
 BASELINE, SKIP_CONTROL, FREEZE_CONTROL, SAMPLER = "baseline", "skip control", "freeze control", "sampler"
@@ -109,22 +110,51 @@ class PolicySampler:
             decided.policy, decided.training, origin, decided.params, dict(decided.distributions), violations
         )
 
+    def _modelled(
+        self, study: Study, trials: Sequence[FrozenTrial], learned: Sequence[FrozenTrial], rng: random.Random
+    ) -> Iterator[Decided]:
+        copy = _copy_in_memory(study, trials, rng.randrange(2**32))
+        for _ in range(_MODELLED_ATTEMPTS):
+            # An attempt that fails stays in the copy as running, which steers the next one away from it.
+            yield self._policies.decide(_suggest_with(copy.ask()))
+        for _ in range(_MUTATED_ATTEMPTS):
+            yield self._policies.decide(_mutation(rng.choice(learned).params, rng))
+
     def _attempts(self, study: Study, trials: Sequence[FrozenTrial], rng: random.Random) -> Iterator[Decided]:
         decide = self._policies.decide
         learned = [trial for trial in trials if trial.state in _LEARNED_FROM]
         if len(learned) >= self._settings.startup_trials:
-            copy = _copy_in_memory(study, trials, rng.randrange(2**32))
-            for _ in range(_MODELLED_ATTEMPTS):
-                # An attempt that fails stays in the copy as running, which steers the next one away from it.
-                yield decide(_suggest_with(copy.ask()))
-            for _ in range(_MUTATED_ATTEMPTS):
-                yield decide(_mutation(rng.choice(learned).params, rng))
+            known = {_coarse_key(trial.params, trial.distributions) for trial in trials}
+            for decided in self._modelled(study, trials, learned, rng):
+                if _coarse_key(decided.params, decided.distributions) not in known:
+                    yield decided
         for _ in range(_RANDOM_ATTEMPTS):
             yield decide(random_choices(self._policies, rng))
         if not self._policies.continuous() and self._policies.num_points() <= _MOST_ENUMERATED:
             rest = list(self._policies.everything())
             rng.shuffle(rest)
             yield from rest
+
+
+def _coarse_key(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> tuple[Any, ...]:
+    """A point's decisions, continuous ones by the tenth of their range.
+
+    A model that is sure proposes one good policy again and again, with a threshold that differs in its third digit;
+    such a trial tells nothing new.
+    """
+    return params_key(
+        {
+            name: value if size_of(distributions[name]) else _tenth(value, distributions[name])
+            for name, value in params.items()
+        }
+    )
+
+
+def _tenth(value: float, distribution: BaseDistribution) -> int:
+    assert isinstance(distribution, FloatDistribution)  # the only kind that is continuous
+    scale = math.log if distribution.log else float
+    low, high = scale(distribution.low), scale(distribution.high)
+    return min(9, int(10 * (scale(value) - low) / (high - low)))
 
 
 def random_choices(policies: PolicySpace, rng: random.Random) -> Suggest:

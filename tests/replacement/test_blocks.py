@@ -83,11 +83,11 @@ def test_fit_finds_what_the_tensors_were_made_of() -> None:
     assert [round(term.item(), 5) for term in mixing.terms()] == [0.3, -2.0]
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(1.0, 0.5), (0.0, 0.5)])
-def test_fit_shares_between_parallel_sources_and_survives_zeros(factor: float, expected: float) -> None:
-    tensor = factor * torch.randn(8, 8)
+@pytest.mark.parametrize(("size", "expected"), [(1.0, 1.5), (0.0, 0.5)])
+def test_fit_shares_between_parallel_sources_and_survives_zeros(size: float, expected: float) -> None:
+    tensor = size * torch.randn(8, 8)
     kind = BLOCKS["scalar"]
-    (mixing,) = kind.make([Target(tensor, tensor, tensor)], kind.resolve({"init": "fit"}))
+    (mixing,) = kind.make([Target(3 * tensor, tensor, tensor)], kind.resolve({"init": "fit"}))
     torch.testing.assert_close(torch.stack(mixing.terms()).detach(), torch.tensor([expected, expected]))
 
 

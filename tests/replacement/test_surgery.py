@@ -89,7 +89,9 @@ def test_one_layer_may_keep_its_weight_and_borrow_its_bias(chain_net, policy_of)
 
 
 def test_a_skipped_unit_is_the_identity(resnet32, policy_of) -> None:
+    resnet32.eval()
     apply_policy(resnet32, policy_of({"layer1.1": "skip", "layer1.2": "skip"}))
+    assert not any(module.training for module in resnet32.modules())
     x = torch.randn(2, 16, 8, 8)
     assert torch.equal(resnet32.layer1[2](resnet32.layer1[1](x)), x)
 

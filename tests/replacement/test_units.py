@@ -50,6 +50,12 @@ def test_a_model_without_memory_has_units_too(untouched_resnet32: nn.Module) -> 
     assert find_units(meta, torch.empty(2, 3, 32, 32, device="meta")) == find_units(untouched_resnet32)
 
 
+def test_one_example_is_enough_for_batch_norm(chain_net: type) -> None:
+    """In training mode, batch norm refuses a single value a channel."""
+    model = chain_net(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    assert _names(model, 1, 4) == ["chain.0", "chain.2"]
+
+
 class Backwards(nn.Module):
     """Registers its blocks in one order and runs them in the other; one is never run."""
 

@@ -27,7 +27,8 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.trainable import TrialTrainable
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its own sockets and log files to the collector
+# Ray leaves its own sockets and log files to the collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 # Workers cannot import a test module: its Trainables travel as code.
@@ -114,7 +115,7 @@ def test_a_search_and_more_of_it(tmp_path: Path) -> None:
     study = optuna.load_study(study_name=_study_name(folder), storage=f"sqlite:///{folder}/study.db")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 7
     assert resume_search(folder, console=quiet()).records == more.records  # nothing is left: nothing is done
-    with pytest.raises(UserError, match="--trials: must be at least the 7 trials the run has already, got 6"):
+    with pytest.raises(UserError, match="--trials: must be at least 7, as many as the run has already, got 6"):
         resume_search(folder, trials="6", console=quiet())
     with pytest.raises(RunFolderError, match="holds a search already; go on with it by `rlsearch resume"):
         start_search(space(), folder)

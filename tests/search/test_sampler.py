@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import nn
 
 from rlsearch.errors import SurgeryError
 from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
-from rlsearch.replacement import plan
+from rlsearch.replacement import BLOCKS, plan
+from rlsearch.search import sampler as sampler_module
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.policy_space import PolicySpace
@@ -182,11 +185,30 @@ def test_every_proposal_of_every_space_is_valid(
 
 def test_two_hundred_proposals_are_all_different() -> None:
     policies = policies_of(
-        space={"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {}}, search={"startup_trials": 120}
+        space={"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {}}, search={"startup_trials": 150}
     )
     proposals = search(sampler_of(policies), new_study(), 200)
     assert len(proposals) == 200
     assert len(set(points(proposals))) == 200
+
+
+def test_what_the_model_proposes_differs_in_more_than_a_digit_of_a_threshold() -> None:
+    space = {"replacement": {"blocks": ["skip"]}, "learn_drop": {"threshold": {"low": 1e-3, "high": 0.1, "log": True}}}
+    proposals = search(sampler_of(policies_of(space=space)), new_study(), 60)
+    tenths = [
+        (
+            frozenset(item.unit for item in proposal.policy.replacements),
+            proposal.policy.learn_drop and int(10 * (math.log10(proposal.policy.learn_drop.threshold) + 3) / 2),
+        )
+        for proposal in proposals
+    ]
+    assert len(set(tenths)) == len(proposals) == 60
+
+
+def test_a_space_of_one_range_is_never_exhausted() -> None:
+    policies = policies_of(space=None, training={"lr": {"low": 0.01, "high": 1.0, "log": True}})
+    proposals = search(sampler_of(policies), new_study(), 40)
+    assert len({proposal.training.lr for proposal in proposals}) == 40
 
 
 def test_the_sampler_learns_which_unit_to_leave_alone() -> None:
@@ -206,7 +228,10 @@ def test_the_sampler_learns_which_unit_to_leave_alone() -> None:
 
 
 @pytest.mark.parametrize("blocks", [["skip"], ["scalar"], ["scalar", "channel"], ["channel", "skip"]])
-def test_an_exhausted_space_is_proposed_whole_and_then_nothing(blocks: list[str]) -> None:
+def test_an_exhausted_space_is_proposed_whole_and_then_nothing(
+    blocks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler_module, "_RANDOM_ATTEMPTS", 0)  # luck alone finds the last point of so small a space
     policies = policies_of(
         space={"replacement": {"units": ["layer1.*", "layer2.*"], "blocks": blocks}, "learn_drop": {}}
     )
@@ -340,13 +365,17 @@ def test_what_a_source_may_not_be() -> None:
     assert policies.offered("layer1.2", {"layer1.1": "scalar"}) == ()
 
 
-def test_no_parameter_ever_changes_its_choices() -> None:
-    policies = policies_of(space={"replacement": {"blocks": ["skip", "scalar", "channel"], "max_fraction": 1.0}})
+@pytest.mark.parametrize("blocks", [["skip", "scalar", "channel"], ["skip", "bypass", "scalar"]])
+def test_no_parameter_ever_changes_its_choices(blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second block that needs no sources: what a unit between replaced neighbours can then choose from.
+    monkeypatch.setitem(BLOCKS, "bypass", replace(BLOCKS["skip"], name="bypass"))
+    policies = policies_of(space={"replacement": {"blocks": blocks, "max_fraction": 1.0}})
     rng = random.Random(0)
     known: dict[str, Any] = {}
     for _ in range(300):
         decided = policies.decide(random_choices(policies, rng))
+        assert decided.params.keys() == decided.distributions.keys()
         for name, distribution in decided.distributions.items():
             assert known.setdefault(name, distribution) == distribution
-            assert decided.params.keys() == decided.distributions.keys()
-    assert any(name.startswith("block:") for name in known)
+    assert {name.partition(":")[0] for name in known} >= {"replace", "block"}
+    assert ("block_without_sources:layer1.1" in known) == ("bypass" in blocks)

@@ -71,7 +71,8 @@ def test_the_digits_space_says_what_its_file_says() -> None:
     assert space.replacement is not None
     assert space.replacement.units == ("layer*",)
     assert space.replacement.blocks == ("skip", "scalar", "channel", "lowrank")
-    assert space.learn_drop == LearnDrop()
+    # The freeze control takes the usual threshold, 0.01, only where the range holds it; else the range's middle.
+    assert space.learn_drop == LearnDrop(threshold=math.sqrt(2e-2 * 3e-1))
     assert (space.search.trials, space.search.seed, space.search.min_epochs) == (40, 0, None)
     assert (space.resources.cpu, space.resources.gpu) == (1.0, None)
 
