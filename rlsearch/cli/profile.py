@@ -37,11 +37,15 @@ def profile(
 
     from rich.console import Console
 
+    from rlsearch.errors import ConfigError, Problem
     from rlsearch.policy import ModelSpec, Policy
 
     chosen = None if policy is None else Policy.load(policy)
     spec = ModelSpec(model, num_classes)
-    if chosen is not None and chosen.model is not None and chosen.model.name == model:
+    if chosen is not None and chosen.model is not None:
+        if chosen.model.name != model:
+            message = f"the policy is for {chosen.model.name!r}, MODEL is {model!r}; give the policy's own model"
+            raise ConfigError([Problem("model.name", message)], str(policy))
         spec = chosen.model
     costs = _cost_model(spec, image_size, batch_size, optimizer)
     content = _content(model, costs, chosen)

@@ -84,6 +84,7 @@ def test_doctor() -> None:
 
 MISTAKES = {
     "unknown model": (["profile", "resnet23"], "resnet23"),
+    "policy for another model": (["profile", "resnet32", "--policy", "{policy}"], "resnet20"),
     "missing policy": (["profile", "resnet20", "--policy", "none.json"], "none.json"),
     "no run": (["pareto", "nowhere"], "nowhere"),
     "no run to resume": (["resume", "nowhere"], "nowhere"),
