@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 CONSTRAINT = "constraint"
 """The reason's first word where a trial was trained to its end and broke a constraint."""
 

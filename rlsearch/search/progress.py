@@ -41,7 +41,8 @@ class SearchProgress:
         self._objectives = dict(objectives)
         self._total = total
         self._started = time.monotonic()
-        self._ends: deque[float] = deque(maxlen=_PACE_TRIALS)
+        # The start of the pace, then the ends of the last trials.
+        self._ends = deque([self._started], maxlen=_PACE_TRIALS + 1)
         self._running: dict[int, tuple[PlannedTrial, Mapping[str, Any]]] = {}
         self._take(records)
         self._live = Live(get_renderable=self._display, console=console, refresh_per_second=4, transient=True)
@@ -87,11 +88,11 @@ class SearchProgress:
         return ", ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """How long the rest will take at the pace of the last trials; None before the second one has ended.
+        """How long the rest will take at the pace of the last trials; None before as many have ended as run at once.
 
-        The first one's time says little: it has the start of the workers in it.
+        Trials that started together end together: the first of them says little about the pace.
         """
-        if len(self._ends) < 2:
+        if len(self._ends) - 1 < max(1, len(self._running)):
             return None
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         left = self._total - len(self._records)

@@ -6,6 +6,7 @@ for what is left.
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import secrets
@@ -256,6 +257,9 @@ class _Search:
             tuner.fit()
         except StopSearch as stop:
             return stop.cause
+        finally:
+            del tuner
+            gc.collect()  # Ray ends the workers that nobody holds any more
         return None
 
     def _worker_settings(self) -> WorkerSettings:
@@ -280,7 +284,7 @@ class _Search:
 
 
 class _Watch(tune.Callback):
-    """Looks in every round of Tune's loop whether somebody asked the search to stop, and knows why workers were lost."""
+    """Looks in every round of Tune's loop whether somebody asked the search to stop; knows why workers were lost."""
 
     def __init__(self, request: StopRequest, progress: SearchProgress) -> None:
         self._request = request

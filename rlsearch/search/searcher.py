@@ -35,7 +35,7 @@ class StopSearch(BaseException):
     No Exception: Tune turns those into text, and then waits up to 15 s for its workers to end by themselves.
 
     Attributes:
-        cause: the error that ends the search; None where somebody asked it to stop.
+        cause: the error that ends the search; None where it is over, or somebody asked it to stop.
     """
 
     def __init__(self, cause: Exception | None = None) -> None:
@@ -94,6 +94,10 @@ class StudySearcher(Searcher):
         self._last: dict[str, Outcome] = {}
         self._held: list[tuple[PlannedTrial, Outcome]] = []
         self._num_failed = 0
+        # Nobody else writes to the study, so that it is counted once.
+        self._waiting = study.waiting()
+        self._num_trials = study.num_trials
+        self._target = study.target
         self.records = {record.trial: record for record in study.records()}
         self.racing: Racing | None = None
         self.error_of: Callable[[str], str] = lambda trial_id: ""
@@ -128,6 +132,8 @@ class StudySearcher(Searcher):
         self._held.sort(key=lambda item: item[0].number)  # the baseline before what is relative to it
         while self._held:
             self._close(*self._held.pop(0))
+        if not self._running and self._is_over():
+            raise StopSearch  # Tune would now wait some seconds for its workers to end by themselves
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is saved at any moment."""
@@ -152,19 +158,25 @@ class StudySearcher(Searcher):
         self._held.clear()
         return len(unfinished)
 
+    def _is_over(self) -> bool:
+        """Whether nothing is left to be started."""
+        return self.why_ended is not None or len(self.records) >= self._target
+
     def _next(self) -> PlannedTrial | None:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.why_ended = "the time budget is spent"
             return None
-        planned = self._study.take_waiting()
-        if planned is not None:
+        if self._waiting:
+            planned = self._waiting.pop(0)
+            self._study.take_up(planned.number)
             return planned
-        if self._study.num_trials >= self._study.target:
+        if self._num_trials >= self._target:
             return None
         proposal = self._sampler.propose(self._study.study)
         if proposal is None:
             self.why_ended = "the search space holds no further policy that meets the constraints"
             return None
+        self._num_trials += 1
         return self._study.add(proposal, self._space.search.seed)
 
     def _outcome(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> Outcome:

@@ -145,21 +145,14 @@ class RunStudy:
         number = self._storage.get_trial_number_from_id(trial_id)
         return PlannedTrial(number, proposal.policy, proposal.training, seed, proposal.origin)
 
-    def take_waiting(self) -> PlannedTrial | None:
-        """The first trial that waits to be taken up again, RUNNING from now on; None where there is none."""
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting:
-            return None
-        trial = min(waiting, key=lambda trial: trial.number)
-        self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-        attributes = trial.user_attrs
-        return PlannedTrial(
-            trial.number,
-            Policy.from_dict(attributes["policy"], f"trial {trial.number} of the study"),
-            TrainingSpec(**attributes["training"]),
-            attributes["seed"],
-            attributes["origin"],
-        )
+    def waiting(self) -> list[PlannedTrial]:
+        """The trials that wait to be taken up again, by number."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return [_planned(trial) for trial in sorted(trials, key=lambda trial: trial.number)]
+
+    def take_up(self, number: int) -> None:
+        """Makes a WAITING trial RUNNING again."""
+        self._storage.set_trial_state_values(self._trial_id(number), TrialState.RUNNING)
 
     def finish(self, number: int, outcome: Outcome, violations: Mapping[str, float]) -> TrialRecord:
         """Closes a trial for good: its outcome, its constraints, its state.
@@ -216,6 +209,14 @@ class RunStudy:
             state, values = TrialState.COMPLETE, [float(outcome.final[name]) for name in self.objectives]
         self._storage.set_trial_state_values(trial_id, state, values)
         return _record(self._storage.get_trial(trial_id))
+
+
+def _planned(trial: FrozenTrial) -> PlannedTrial:
+    """What a trial that was put down is to train."""
+    attributes = trial.user_attrs
+    policy = Policy.from_dict(attributes["policy"], f"trial {trial.number} of the study")
+    training = TrainingSpec(**attributes["training"])
+    return PlannedTrial(trial.number, policy, training, attributes["seed"], attributes["origin"])
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

@@ -2,9 +2,9 @@
 
 Ray's servers and workers follow a killed driver within seconds, but its two agents were seen to stay for good, and its
 temporary folder always stays. This process waits for the end of its standard input, which comes when the driver closes
-it or dies in whatever way; then it ends every process that has a file of the cluster's folder open, as all of Ray's have
-their logs, and removes the folder. (A mark in the environment does not last: a process that names itself in the process
-list, as Ray's do, writes over it.)
+it or dies in whatever way; then it ends every process that has a file of the cluster's folder open, as all of Ray's
+have their logs, and removes the folder. (A mark in the environment does not last: a process that names itself in the
+process list, as Ray's do, writes over it.)
 
 It imports the standard library alone, so that it starts in no time. Where there is no ``/proc`` it only removes the
 folder.

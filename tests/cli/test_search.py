@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlsearch.errors import RunFolderError
+from rlsearch.cli.search import show_result
+from rlsearch.errors import RunFolderError, UserError
 from rlsearch.results.tables import read_epochs, read_run
-from rlsearch.search.run import resume_search
+from rlsearch.search.run import SearchResult, resume_search
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-c", "from rlsearch.cli import main; main()"]
@@ -157,14 +160,14 @@ def test_sigterm_ends_with_143_and_says_how_to_go_on(space: Path, tmp_path: Path
     states = [trial.state.name for trial in study_of(folder).trials]
     assert set(states) == {"COMPLETE", "WAITING"}
     assert len(read_run(folder).records) == states.count("COMPLETE")
-    resumed = run(tmp_path, "resume", "my run", "--trials", str(len(states)))
-    assert resumed.returncode == 0, resumed.stderr
-    check_whole(folder, len(states))
     records = read_run(folder).records
     assert {json.loads(record.training)["batch_size"] for record in records} == {50}
     assert {record.seed for record in records} == {7}
+
+    shown = io.StringIO()
+    show_result(SearchResult(folder, records), Path("my run"), Console(file=shown, width=200), as_json=False)
     for text in ("end-to-end", "against the end-to-end baseline: ", "report.html", "rlsearch export 'my run' --out"):
-        assert text in resumed.stdout
+        assert text in shown.getvalue()
 
 
 def test_a_second_ctrl_c_ends_at_once_and_nothing_stays(space: Path, tmp_path: Path) -> None:
@@ -184,9 +187,8 @@ def test_a_second_ctrl_c_ends_at_once_and_nothing_stays(space: Path, tmp_path: P
         while (left := members(search.pid)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == []
-    freed = run(tmp_path, "resume", "run", "--trials", "0")
-    assert freed.returncode == 2
-    assert "--trials: must be at least 1" in freed.stderr  # past the lock
+    with pytest.raises(UserError, match="--trials: must be at least "):  # past the lock
+        resume_search(tmp_path / "run", trials=0)
 
 
 @pytest.mark.parametrize(

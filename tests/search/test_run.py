@@ -66,7 +66,7 @@ class Clumsy(TrialTrainable):
 
     def step(self) -> dict[str, Any]:
         number, epochs = self._job.number, len(self._epochs)
-        mark = Path(self._settings.folder) / "killed"
+        mark = Path(self._settings.folder) / f"killed in trial {number}"
         if epochs == 1 and (number == 2 or (number == 1 and not mark.exists())):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
 
 @pytest.mark.usefixtures("cluster")
 def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
-    diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 2})
+    diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 2, "max_concurrent": 1})
     with pytest.raises(SearchError, match=r"all 2 trials failed; the reason of [12] of them: diverged: "):
         start_search(diverging, tmp_path / "run", console=quiet())
     assert [record.state for record in read_run(tmp_path / "run").records] == ["FAIL", "FAIL"]

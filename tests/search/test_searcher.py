@@ -74,10 +74,16 @@ class Search:
         self.searcher.on_trial_result(trial_id, {"outcome": Outcome("RUNNING", rows(1))})
         return int(config["job"].number)
 
-    def end(self, trial_id: str, state: str = "COMPLETE", reason: str | None = None, **metrics: float) -> None:
-        """Ends a trial as its Trainable would report it."""
+    def end(self, trial_id: str, state: str = "COMPLETE", reason: str | None = None, **metrics: float) -> bool:
+        """Ends a trial as its Trainable would report it; whether the search is over."""
         outcome = Outcome(state, rows(2, **metrics), reason)
-        self.searcher.on_trial_complete(trial_id, {**outcome.final, "outcome": outcome, "done": True})
+        try:
+            self.searcher.on_trial_complete(trial_id, {**outcome.final, "outcome": outcome, "done": True})
+        except StopSearch as stop:
+            if stop.cause is not None:
+                raise
+            return True
+        return False
 
     def states(self) -> list[str]:
         return [trial.state.name for trial in self.study.study.get_trials(deepcopy=False)]
@@ -235,7 +241,7 @@ def test_an_interrupted_search_proposes_what_a_straight_one_does(tmp_path: Path,
     straight = Search(tmp_path / "straight", prepared)
     for number in range(8):
         straight.start(str(number))
-        straight.end(str(number), accuracy=0.5 + 0.05 * number)
+        assert straight.end(str(number), accuracy=0.5 + 0.05 * number) == (number == 7)
     expected = [(r.trial, r.policy_hash, r.accuracy) for r in read_trials(straight.folder.trials_path)]
     for number in range(8):  # every trial is cut short once, by a kill or by a Ctrl-C
         search = Search(tmp_path / "interrupted", prepared)
