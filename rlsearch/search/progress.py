@@ -22,6 +22,7 @@ from rlsearch.search.study import PlannedTrial
 # How many of the last trials tell the pace.
 _PACE_TRIALS = 20
 _STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "INFEASIBLE": "magenta"}
+_WORDS = {"PRUNED": "pruned", "FAIL": "failed", "INFEASIBLE": "infeasible"}
 
 
 class SearchProgress:
@@ -107,7 +108,7 @@ class SearchProgress:
     def _states(self) -> list[str]:
         counts = Counter(record.state for record in self._records)
         # Nothing to tell while all is well: what is done is complete.
-        return [f"{counts[state]} {state.lower()}" for state in _STYLES if state != "COMPLETE" and counts[state]]
+        return [f"{counts[state]} {word}" for state, word in _WORDS.items() if counts[state]]
 
     def _best(self) -> list[str]:
         measured = [record for record in self._complete if record.accuracy is not None]
@@ -126,7 +127,8 @@ class SearchProgress:
             running.add_row(Text(f"trial {number}", "cyan"), epoch, accuracy, policy)
         bar = ProgressBar(total=max(1, self._total), completed=len(self._records), width=40)
         elapsed = _duration(time.monotonic() - self._started)
-        return Group(running, bar, Text(f"{self.summary()}, {elapsed} so far"))
+        # A bar does not end its line.
+        return Group(running, bar, Text(f"\n{self.summary()}, {elapsed} so far"))
 
 
 def _told(record: TrialRecord) -> str:

@@ -29,6 +29,12 @@ _REASON_LENGTH = 250
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def has_failed(record: TrialRecord) -> bool:
+    """Whether a trial gave no result: it failed, or ran out of memory. One that broke a constraint gave one."""
+    out_of_memory = (record.reason or "").startswith(OutOfMemoryError.reason)
+    return record.state == "FAIL" or (record.state == "INFEASIBLE" and out_of_memory)
+
+
 class StopSearch(BaseException):
     """Leaves Tune's loop at once, from wherever it calls us.
 
@@ -243,9 +249,7 @@ class StudySearcher(Searcher):
 
     def _check_failures(self, record: TrialRecord) -> None:
         """Ends a search whose trials keep failing: the cause is not the policies."""
-        out_of_memory = (record.reason or "").startswith(OutOfMemoryError.reason)
-        if record.state == "FAIL" or (record.state == "INFEASIBLE" and out_of_memory):
-            self._num_failed += 1
+        self._num_failed += has_failed(record)
         if self._num_failed > self._space.search.max_failures:
             raise SearchError(
                 f"more than {self._space.search.max_failures} trials have failed (search.max_failures); "

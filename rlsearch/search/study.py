@@ -112,10 +112,12 @@ class RunStudy:
             if len(names) != 1:
                 raise RunFolderError(f"{path}: must hold one study, has {len(names)}; restore it from a copy")
             study = optuna.load_study(storage=storage, study_name=names[0])
-            objectives = study.user_attrs[_SPACE]["objectives"]
-        except (optuna.exceptions.OptunaError, KeyError, RuntimeError) as error:
+        except (optuna.exceptions.OptunaError, RuntimeError) as error:
             raise RunFolderError(f"{path}: is no study of a run ({error}); restore it from a copy") from None
-        return cls(storage, study, objectives)
+        if not {_SPACE, _TARGET} <= set(study.user_attrs):
+            remedy = "delete the folder and start the search again"
+            raise RunFolderError(f"{path}: the search was stopped before it began; {remedy}")
+        return cls(storage, study, study.user_attrs[_SPACE]["objectives"])
 
     @property
     def space(self) -> dict[str, Any]:

@@ -64,4 +64,4 @@ def test_a_line_a_trial_where_there_is_no_terminal(make_record: Any) -> None:
     lines = output.getvalue().splitlines()
     assert lines[0].startswith("trial 0: COMPLETE 90.00 % end-to-end (1 of 3 trials done")
     assert "best accuracy 95.00 % (trial 1)" in lines[1]
-    assert lines[2].startswith("trial 2: FAIL end-to-end: diverged (3 of 3 trials done, 1 fail")
+    assert lines[2].startswith("trial 2: FAIL end-to-end: diverged (3 of 3 trials done, 1 failed")

@@ -18,8 +18,8 @@ from rich.console import Console
 from rlsearch.errors import RunFolderError, SearchError
 from rlsearch.results.tables import epochs_path, read_epochs, read_trials
 from rlsearch.search.outcome import Outcome
+from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.progress import SearchProgress
-from rlsearch.search.run import Prepared, prepare
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.searcher import StopSearch, StudySearcher
