@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsearch.errors import ConfigError, Problem, SearchError
+from rlsearch.errors import ConfigError, Problem, SearchError, UserError
 from rlsearch.search.watchdog import start_watchdog
 
 _ENVIRONMENT = {
@@ -25,6 +26,7 @@ _ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a lost worker is told by the run's own progress
     "TUNE_WARN_THRESHOLD_S": "60",  # proposing a policy may well take longer than Tune's half a second
 }
+_CONNECT_SECONDS = 10.0
 # Ray wants at least 75 MiB; the images lie there once, with room for what Ray itself puts beside them.
 _OBJECT_STORE_BYTES = 128 * 2**20
 # Ray puts sockets some 60 characters below its folder, and a socket's path has at most 107.
@@ -81,6 +83,29 @@ def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]
         finally:
             if started:
                 ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Whether an address names one cluster that can be reached.
+
+    ``auto`` is refused: it joins whatever Ray it finds on the machine, a stranger's too. And Ray itself would try for
+    minutes to reach a cluster that is not there.
+
+    Raises:
+        UserError: it does not, or nothing answers there.
+    """
+    if address == "local":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address: must be local or a cluster's HOST:PORT, as in 10.0.0.1:6379, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--address: nothing answers at {address} ({error}); start the cluster's head first, or leave it out to "
+            "use this machine alone"
+        ) from None
 
 
 def plan_slots(
@@ -163,8 +188,7 @@ def _start(address: str, folder: Path, shared_bytes: int) -> None:
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        remedy = "give --address local to use this machine alone" if address != "local" else "try again"
-        raise SearchError(f"Ray could not be started at {address!r}: {error}; {remedy}") from error
+        raise SearchError(f"Ray could not be started at {address!r}: {error}") from error
 
 
 @contextlib.contextmanager

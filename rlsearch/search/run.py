@@ -15,7 +15,7 @@ import ray
 from rich.console import Console
 
 from rlsearch.errors import UserError
-from rlsearch.search.cluster import Slots, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
@@ -47,6 +47,7 @@ def start_search(
         UserError: the space, the model, the data or the folder is wrong; nothing was written then.
         SearchError: Ray cannot be started, too many trials failed, or all of them did.
     """
+    check_address(address)
     folder = RunFolder(run_dir)
     folder.check_free()
     prepared = prepare(space, address)
@@ -84,6 +85,7 @@ def resume_search(
         UserError: there is no run, it is in use, it is damaged, or its search space was changed.
         SearchError: as for `start_search`.
     """
+    check_address(address)
     folder = RunFolder(run_dir)
     folder.check_run()
     with folder.locked():

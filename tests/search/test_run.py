@@ -219,6 +219,20 @@ def test_a_lock_names_its_holder_and_is_free_when_that_dies(tmp_path: Path) -> N
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("auto", "must be local or a cluster's HOST:PORT"),
+        ("", "must be local or a cluster's HOST:PORT"),
+        ("127.0.0.1:1", "nothing answers at 127.0.0.1:1 (.*); start the cluster's head first"),
+    ],
+)
+def test_an_address_names_one_cluster_that_answers(tmp_path: Path, address: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"--address: {told}"):
+        start_search(space(), tmp_path / "run", address=address)
+    assert not (tmp_path / "run").exists()
+
+
 GIB = 2**30
 
 
