@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rlsearch.config import from_mapping
-from rlsearch.errors import ConfigError, ModelError, Problem, RlsearchError, RunFolderError, UserError
+from rlsearch.errors import ConfigError, ModelError, Problem, RlsearchError, UserError
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import apply_policy, materialize
 from rlsearch.results.describe import describe_difference, describe_policy, describe_value
@@ -57,18 +57,21 @@ class ExportReport:
     note: str = ""
 
 
-def load_exported(folder: str | Path) -> nn.Module:
+def load_exported(folder: str | Path, model: str | None = None) -> nn.Module:
     """The model of an export, built from its files alone, in eval mode; its modules are plain PyTorch.
 
+    Args:
+        folder: of the export.
+        model: the name of its model, which a ``package.module:factory`` needs (see `named_model`).
+
     Raises:
-        UserError: the folder is no export, or its files are damaged.
+        UserError: the folder is no export, its files are damaged, or its model is code that was not named.
     """
     folder = Path(folder)
     policy = Policy.load(folder / POLICY_FILE)
-    if policy.model is None:
-        raise ConfigError([Problem("model", "is missing; an export names its model")], str(folder / POLICY_FILE))
+    spec = named_model(policy, model, str(folder / POLICY_FILE))
     shape = policy.provenance.get("input_shape")
-    plain = materialize(_replaced(policy.model, policy, shape))
+    plain = materialize(_replaced(spec, policy, shape))
     load_weights(folder / WEIGHTS_FILE, plain)
     return plain.eval()
 
@@ -92,7 +95,7 @@ def export_trial(run: Run, trial: int, out: Path, *, model: str | None = None) -
     if out.exists():
         raise UserError(f"{out} exists; export to a new folder, nothing is written over")
     policy = policy_of(record)
-    spec = _named(policy, model)
+    spec = named_model(policy, model, f"the policy of trial {trial}")
     data_spec, training = _settings(run, record)
     weights = run.folder / "checkpoints" / f"trial-{trial:05d}" / WEIGHTS_FILE
     data = load_data(data_spec)
@@ -105,14 +108,20 @@ def export_trial(run: Run, trial: int, out: Path, *, model: str | None = None) -
         save_weights(draft / WEIGHTS_FILE, materialize(trained))
         provenance = _provenance(run, record, data_spec, training, data)
         replace(policy, provenance=provenance).save(draft / POLICY_FILE)
-        report = _measure(draft, out, record, data, load_test(data_spec), training)
+        report = _measure(draft, out, record, data, load_test(data_spec), training, model)
         (draft / CARD_FILE).write_text(_card(run, record, report, policy, data), encoding="utf-8")
         draft.rename(out)
     return report
 
 
 def _measure(
-    draft: Path, out: Path, record: TrialRecord, data: ImageData, test: ImageSplit, training: TrainingSpec
+    draft: Path,
+    out: Path,
+    record: TrialRecord,
+    data: ImageData,
+    test: ImageSplit,
+    training: TrainingSpec,
+    model: str | None,
 ) -> ExportReport:
     """Builds the model from the written files alone, and compares it with what the search recorded."""
     assert record.accuracy is not None  # the caller has looked
@@ -122,7 +131,7 @@ def _measure(
     if wants_cuda and device.type == "cpu":
         note = f"trained on {record.device}, measured again on the CPU: a few images may differ"
     precision = resolve_precision(training.precision, device)
-    rebuilt = load_exported(draft).to(device).to(memory_format=torch.channels_last)
+    rebuilt = load_exported(draft, model).to(device).to(memory_format=torch.channels_last)
     images = DeviceData(data, device)
     validation = evaluate(rebuilt, images.validation_batches(_EVALUATION_BATCH), precision=precision, device=device)
     tested = evaluate(rebuilt, images.split_batches(test, _EVALUATION_BATCH), precision=precision, device=device)
@@ -143,15 +152,25 @@ def _replaced(spec: ModelSpec, policy: Policy, input_shape: Sequence[int] | None
     return model
 
 
-def _named(policy: Policy, model: str | None) -> ModelSpec:
-    """The policy's model; a user's factory is code, and runs only when the user's own command names it."""
+def named_model(policy: Policy, model: str | None, source: str) -> ModelSpec:
+    """The policy's model. A ``package.module:factory`` is code: it may run only when the user's own command names it.
+
+    Args:
+        policy: as read from a file.
+        model: the name that the user gave, if any.
+        source: where the policy stands, for messages.
+
+    Raises:
+        ConfigError: the policy names no model.
+        ModelError: the user gave another name, or none for a model that is code.
+    """
     spec = policy.model
     if spec is None:
-        raise RunFolderError("the trial's policy names no model; the run is damaged")
+        raise ConfigError([Problem("model", "is missing: name the model that the policy is for")], source)
     if model is not None and model != spec.name:
-        raise ModelError(f"--model is {model!r}, but the run's model is {spec.name!r}")
+        raise ModelError(f"--model is {model!r}, but the model of {source} is {spec.name!r}")
     if model is None and ":" in spec.name:
-        raise ModelError(f"the run's model is code, {spec.name!r}: if you trust it, add --model {spec.name}")
+        raise ModelError(f"the model of {source} is code, {spec.name!r}: if you trust it, add --model {spec.name}")
     return spec
 
 
@@ -187,7 +206,7 @@ def _provenance(
 
 def _card(run: Run, record: TrialRecord, report: ExportReport, policy: Policy, data: ImageData) -> str:
     """The export's README: what it is, what it saves, how to use it."""
-    assert policy.model is not None  # _named has looked
+    assert policy.model is not None  # named_model has looked
     reference = baseline(run)
     rows = []
     for name in dict.fromkeys([*run.objectives, "accuracy", "params", "memory", "train_flops"]):

@@ -21,7 +21,7 @@ from rlsearch.training.checkpoint import save_weights
 from rlsearch.training.data import load_data
 from rlsearch.training.trial import Trial
 
-DATA = {"name": "digits", "limit": 300}
+DATA = {"name": "digits", "limit": 600}
 FACTORY = """
 from rlsearch import build_model
 
@@ -32,7 +32,7 @@ def small(num_classes):
 
 def trained_run(folder: Path, model: ModelSpec, policy: Policy) -> Trial:
     """The folder of a run with one trial, really trained, as a search leaves it."""
-    training = TrainingSpec(epochs=2, batch_size=32, lr=0.05)
+    training = TrainingSpec(epochs=6, batch_size=32, lr=0.05)
     data = DataSpec(**DATA)  # type: ignore[arg-type]
     policy = policy.bound_to(model)
     trial = Trial(TrialSpec(model, data, training, policy), data=load_data(data), device="cpu")
@@ -48,8 +48,8 @@ def trained_run(folder: Path, model: ModelSpec, policy: Policy) -> Trial:
         policy=json.dumps(policy.to_dict()),
         policy_hash=policy.hash,
         seed=0,
-        training=json.dumps({"epochs": 2, "batch_size": 32, "lr": 0.05}),
-        fidelity=2,
+        training=json.dumps({"epochs": 6, "batch_size": 32, "lr": 0.05}),
+        fidelity=6,
         **{name: getattr(metrics, name) for name in names},
     )
     write_trials(folder / "trials.parquet", [record])
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trial]:
     folder = tmp_path_factory.mktemp("run")
     policy = Policy(
         replacements=(Replacement("layer1.1", "scalar"), Replacement("layer2.2", "skip")),
-        learn_drop=LearnDrop(threshold=0.9, patience=1, warmup=0.0),
+        learn_drop=LearnDrop(threshold=0.3, patience=1, warmup=0.5),
     )
     return folder, trained_run(folder, ModelSpec("resnet20"), policy)
 
@@ -71,8 +71,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trial]:
 def test_an_export_is_the_trained_model(run: tuple[Path, Trial], tmp_path: Path) -> None:
     folder, trial = run
     report = export_trial(read_run(folder), 0, tmp_path / "out")
-    assert report.validation_accuracy == report.recorded_accuracy
-    assert 0 < report.test_accuracy <= 1
+    # Well above chance, so that other weights cannot measure alike.
+    assert report.validation_accuracy == report.recorded_accuracy > 0.5
+    assert 0.5 < report.test_accuracy <= 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "model.safetensors",
@@ -142,5 +143,5 @@ def test_model_code_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: pyte
     assert "my_models" not in sys.modules
     report = export_trial(read_run(tmp_path / "run"), 0, tmp_path / "out", model="my_models:small")
     assert report.validation_accuracy == report.recorded_accuracy
-    with pytest.raises(ModelError, match="but the run's model is"):
+    with pytest.raises(ModelError, match="but the model of"):
         export_trial(read_run(tmp_path / "run"), 0, tmp_path / "other", model="my_models:large")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rlsearch.policy import Policy
+    from rlsearch.policy import ModelSpec, Policy
     from rlsearch.training.metrics import EpochMetrics
     from rlsearch.training.trial import TrialSpec
 
@@ -25,6 +25,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="training.lr=0.2, data.flip=true, …; may be repeated."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Names the policy's own model code, which lets it run."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="As torch names it; else CUDA where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last epoch's metrics as JSON.")] = False,
 ) -> None:
@@ -34,6 +38,7 @@ def train(
     """
     import json
 
+    from rlsearch.export import named_model
     from rlsearch.files import write_atomic
     from rlsearch.policy import Policy
     from rlsearch.replacement import materialize
@@ -41,7 +46,7 @@ def train(
     from rlsearch.training.trial import Trial
 
     chosen = Policy.load(policy)
-    spec = _spec(chosen, str(policy), data, epochs, seed, settings or [])
+    spec = _spec(chosen, named_model(chosen, model, str(policy)), data, epochs, seed, settings or [])
     trial = Trial(spec, device=device)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, history_file = out / "checkpoint.pt", out / "metrics.json"
@@ -66,7 +71,7 @@ def train(
 
 
 def _spec(
-    policy: Policy, source: str, data: str | None, epochs: int | None, seed: int, settings: list[str]
+    policy: Policy, model: ModelSpec, data: str | None, epochs: int | None, seed: int, settings: list[str]
 ) -> TrialSpec:
     """What to train: the policy's own data and training settings, with what the command line changes."""
     from rlsearch.config import from_mapping
@@ -88,15 +93,13 @@ def _spec(
     content = override(content, settings, problems)
     if "name" not in content["data"]:
         problems.append(Problem("--data", "is missing, and the policy names no data: give one, as in --data digits"))
-    if policy.model is None:
-        problems.append(Problem("model", f"is missing in {source}: name the model that the policy is for"))
-    if problems or policy.model is None:
+    if problems:
         raise ConfigError(problems, "rlsearch train")
     data_spec = from_mapping(DataSpec, content["data"], "data", problems)
     training = from_mapping(TrainingSpec, content["training"], "training", problems)
     if problems or data_spec is None or training is None:
         raise ConfigError(problems, "rlsearch train")
-    return TrialSpec(policy.model, data_spec, training, policy, seed)
+    return TrialSpec(model, data_spec, training, policy, seed)
 
 
 def _line(metrics: EpochMetrics) -> str:

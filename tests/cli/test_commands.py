@@ -111,6 +111,18 @@ def test_a_mistake_ends_with_2_and_one_message(mistake: str, policy: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_model_code_of_a_policy_runs_only_when_it_is_named(tmp_path: Path) -> None:
+    code = "open('ran', 'w')\nfrom rlsearch import build_model\nmake = lambda num_classes: build_model('resnet20')"
+    (tmp_path / "mine.py").write_text(code)
+    Policy(ModelSpec("mine:make")).save(tmp_path / "policy.json")
+    given = ("train", "policy.json", "--data", "digits", "--epochs", 1, "--set", "data.limit=100", "--out", "out")
+    refused = rlsearch(*given, cwd=tmp_path)
+    assert (refused.returncode, "add --model mine:make" in refused.stderr) == (2, True)
+    assert not (tmp_path / "ran").exists()
+    assert rlsearch(*given, "--model", "mine:make", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "ran").exists()
+
+
 def test_a_policy_for_another_model_is_refused(policy: Path, tmp_path: Path) -> None:
     content = json.loads(policy.read_text())
     content["model"]["name"] = "resnet18"
