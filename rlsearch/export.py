@@ -28,12 +28,11 @@ from rlsearch.training.data import DataSpec, ImageData, ImageSplit, load_data, l
 from rlsearch.training.device_data import DeviceData
 from rlsearch.training.loop import TrainingSpec, evaluate, resolve_precision
 from rlsearch.training.models import build_spec
+from rlsearch.training.trial import EVALUATION_BATCH
 
 POLICY_FILE = "policy.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
-
-_EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def _measure(
     precision = resolve_precision(training.precision, device)
     rebuilt = load_exported(draft, model).to(device).to(memory_format=torch.channels_last)
     images = DeviceData(data, device)
-    validation = evaluate(rebuilt, images.validation_batches(_EVALUATION_BATCH), precision=precision, device=device)
-    tested = evaluate(rebuilt, images.split_batches(test, _EVALUATION_BATCH), precision=precision, device=device)
+    validation = evaluate(rebuilt, images.validation_batches(EVALUATION_BATCH), precision=precision, device=device)
+    tested = evaluate(rebuilt, images.split_batches(test, EVALUATION_BATCH), precision=precision, device=device)
     expected = round(record.accuracy * validation.num_images)
     if not note and validation.num_correct != expected:
         raise RlsearchError(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +185,6 @@ class Policy:
             message = f"is not valid JSON ({error}); it may be truncated: export the policy again"
             raise ConfigError([Problem("", message)], str(path)) from None
         return cls.from_dict(content, str(path))
-
-    def bound_to(self, model: ModelSpec) -> Policy:
-        """The same policy for ``model``."""
-        return replace(self, model=model)
 
 
 def _parse(content: Any, problems: list[Problem]) -> Policy | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ STARTED = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 
 def record(trial: int, policy: Policy | None = None, **values: Any) -> TrialRecord:
     """A record with every column; ``values`` replaces what is given."""
-    policy = (policy or Policy()).bound_to(MODEL)
+    policy = replace(policy or Policy(), model=MODEL)
     started = STARTED + timedelta(seconds=5 * trial)
     defaults = BASELINE | {
         "state": "COMPLETE",

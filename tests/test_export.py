@@ -34,7 +34,7 @@ def trained_run(folder: Path, model: ModelSpec, policy: Policy) -> Trial:
     """The folder of a run with one trial, really trained, as a search leaves it."""
     training = TrainingSpec(epochs=6, batch_size=32, lr=0.05)
     data = DataSpec(**DATA)  # type: ignore[arg-type]
-    policy = policy.bound_to(model)
+    policy = replace(policy, model=model)
     trial = Trial(TrialSpec(model, data, training, policy), data=load_data(data), device="cpu")
     while not trial.done:
         metrics = trial.run_epoch()

@@ -59,18 +59,6 @@ def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
     return paths
 
 
-def write_front(run: Run, key: str = "knee") -> Path:
-    """Writes ``front.png`` alone.
-
-    Raises:
-        UserError, RunFolderError: as `write_report`.
-        OSError: the folder is full or not writable.
-    """
-    path = run.folder / "front.png"
-    write_atomic(path, front_png(run, select(run, key)))
-    return path
-
-
 def report_html(run: Run, pick: Selection) -> str:
     """The content of ``report.html``."""
     return page.page(f"rlsearch: {run_title(run)}", _body(run, pick))

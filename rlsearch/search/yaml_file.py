@@ -46,11 +46,6 @@ def parse_yaml(text: str, source: str) -> Any:
     return content
 
 
-def dump_yaml(content: Any) -> str:
-    """YAML text that `parse_yaml` reads back to the same content; keys keep their order."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
-
-
 def override(content: Any, settings: Iterable[str], problems: list[Problem]) -> Any:
     """``content`` with ``dotted.key=value`` settings put in; values are YAML. The argument is not changed.
 

@@ -36,8 +36,8 @@ from rlsearch.training.loop import (
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
 
-# Evaluation has no backward pass, so that larger batches fit and save time.
-_EVALUATION_BATCH = 512
+# Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
+EVALUATION_BATCH = 512
 # Steps before the peak of memory is read: the first ones let libraries choose their kernels.
 _WARMUP_STEPS = 3
 
@@ -159,7 +159,7 @@ class Trial:
             train_loss, lr = self._train()
             validation = evaluate(
                 self.model,
-                self._data.validation_batches(_EVALUATION_BATCH),
+                self._data.validation_batches(EVALUATION_BATCH),
                 precision=self._precision,
                 device=self.device,
             )
