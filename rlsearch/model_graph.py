@@ -8,8 +8,10 @@ cannot be cut (a skip connection that spans several units, say), its pieces stay
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,21 +60,24 @@ def fake_copy(model: nn.Module) -> tuple[FakeTensorMode, nn.Module]:
 def example_shape(model: nn.Module) -> tuple[int, ...]:
     """A shape of one input that the model accepts, (1, C, H, W), guessed from its first convolution.
 
+    The size that the model declares (``image_size``, or timm's ``patch_embed.img_size``) is tried first.
+
     Raises:
         ModelError: the model has no convolution, or accepts none of the sizes that are tried.
     """
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
-        raise ModelError("example_input: the model has no convolution to guess an input from; pass example_input=")
-    sizes = list(_GUESSED_SIZES)
-    declared = getattr(model, "image_size", None)
+        raise ModelError(f"example_input: the model has no convolution to guess an input from; {input_hint(model)}")
+    guessed = [(size, size) for size in _GUESSED_SIZES]
+    declared = getattr(model, "image_size", getattr(getattr(model, "patch_embed", None), "img_size", None))
     if isinstance(declared, int):
-        sizes.insert(0, declared)
+        declared = (declared, declared)
+    sizes = [declared, *guessed] if isinstance(declared, tuple) else guessed
     reasons = []
     mode, fake = fake_copy(model)
     fake.eval()
-    for size in sizes:
-        shape = (1, first.in_channels, size, size)
+    for size in dict.fromkeys(sizes):
+        shape = (1, first.in_channels, *size)
         try:
             with mode, torch.no_grad():
                 fake(torch.empty(shape))
@@ -80,20 +85,51 @@ def example_shape(model: nn.Module) -> tuple[int, ...]:
             reasons.append(f"{shape}: {error}")
             continue
         return shape
-    raise ModelError("example_input: the model accepts no guessed input; pass example_input=\n" + "\n".join(reasons))
+    failed = "\n".join(reasons)
+    raise ModelError(f"example_input: the model accepts no guessed input; {input_hint(model)}\n{failed}")
+
+
+def input_hint(model: nn.Module) -> str:
+    """What to pass as ``example_input``, told by the first layer that the model registers."""
+    kinds = (nn.Embedding, nn.Conv2d, nn.Linear)
+    first = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    if isinstance(first, nn.Embedding):
+        return (
+            f"the model starts with an nn.Embedding of {first.num_embeddings} ids: pass token ids, as "
+            "example_input=torch.zeros(1, 16, dtype=torch.long)"
+        )
+    if isinstance(first, nn.Conv2d):
+        return f"pass example_input=torch.zeros(1, {first.in_channels}, height, width) of a size that the model takes"
+    if isinstance(first, nn.Linear):
+        return f"pass example_input=torch.zeros(1, ..., {first.in_features}) of a shape that the model takes"
+    return "pass example_input= (one batch of what the model takes)"
+
+
+def outermost(unit_names: Collection[str]) -> dict[str, str]:
+    """Each unit's name, and the name of the unit that holds it: itself, if it is no part of another."""
+    known = set(unit_names)
+    holders = {}
+    for name in unit_names:
+        steps = name.split(".")
+        holders[name] = next(
+            prefix for depth in range(1, len(steps) + 1) if (prefix := ".".join(steps[:depth])) in known
+        )
+    return holders
 
 
 def split(model: nn.Module, unit_names: Sequence[str]) -> list[Segment]:
     """The model as segments in forward order: stem, one a unit, head.
 
     Args:
-        model: a model of one input tensor and one output tensor.
-        unit_names: the units, in forward order, as `rlsearch.find_units` gives them.
+        model: a model of one input tensor and one output tensor; further arguments keep their defaults.
+        unit_names: the units, in forward order, as `rlsearch.find_units` gives them; those that are parts of others
+            stay in these.
 
     Raises:
         ModelError: the model's own forward cannot be traced symbolically (its units and other submodules are not
             looked into, so only data-dependent control flow between them is in the way).
     """
+    unit_names = list(dict.fromkeys(outermost(unit_names).values()))
     graph = _trace(model, unit_names)
     boundaries = _boundaries(graph, unit_names)
     nodes = list(graph.nodes)
@@ -104,7 +140,7 @@ def split(model: nn.Module, unit_names: Sequence[str]) -> list[Segment]:
     segments: list[Segment] = []
     for end in ends:
         assert isinstance(end, fx.Node)  # _boundaries yields nodes, and _trace refuses other outputs
-        part = [node for node in nodes if position[start] < position[node] <= position[end]]
+        part = {node: None for node in nodes if position[start] < position[node] <= position[end]}
         units = tuple(str(node.target) for node in part if node.op == "call_module" and node.target in set(unit_names))
         name = units[-1] if units else (STEM if not segments else HEAD)
         segments.append(Segment(name, _extract(model, graph, start, end, part), units))
@@ -121,6 +157,14 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One input; further arguments of the model's forward (masks, switches) are not passed, so that what is traced
+        is what a training step runs."""
+        name = next(iter(inspect.signature(self.root.forward).parameters), "images")
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
 
 def _trace(model: nn.Module, unit_names: Sequence[str]) -> fx.Graph:
@@ -167,7 +211,7 @@ def _boundaries(graph: fx.Graph, unit_names: Sequence[str]) -> list[fx.Node]:
 
 
 def _extract(
-    model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, part: Sequence[fx.Node]
+    model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node, part: Collection[fx.Node]
 ) -> fx.GraphModule:
     """The nodes of ``part`` as a module from ``start``'s value to ``end``'s."""
     piece = fx.Graph()

@@ -13,11 +13,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsearch.config import from_mapping, typed, unknown_keys
 from rlsearch.errors import ConfigError, Problem, suggestion
 from rlsearch.files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 SCHEMA = "rlsearch.policy/1"
 SCORES = ("param_change",)
@@ -164,6 +167,20 @@ class Policy:
         if problems or policy is None:
             raise ConfigError(problems, source)
         return policy
+
+    @classmethod
+    def preset(cls, name: str, model: nn.Module, example_input: Tensor | None = None) -> Policy:
+        """The policy of a published form of Replacement Learning for ``model``: ``v1`` or ``v2``.
+
+        See `rlsearch.replacement.presets`, which makes it and says what is published of each and what is not.
+
+        Raises:
+            ModelError: an unknown name; a model without units; or one in which the form has nothing to replace.
+        """
+        # The one import that points up, and only when somebody asks: a policy by itself knows nothing of models.
+        from rlsearch.replacement.presets import preset
+
+        return preset(name, model, example_input)
 
     def save(self, path: str | Path) -> None:
         """Writes ``policy.json``, whole or not at all."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsearch.errors import ModelError
-from rlsearch.model_graph import example_shape, fake_copy, split
+from rlsearch.model_graph import example_shape, fake_copy, outermost, split
 from rlsearch.training.models import build_model
 
 
@@ -24,6 +24,19 @@ class Long(nn.Module):
         start = self.stem(images)
         features = self.units[1](self.units[0](start)) + start
         return self.head(self.units[2](features).mean((2, 3)))
+
+
+class Masked(nn.Module):
+    """Takes a mask too, which training does not pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, flip: bool = False) -> Tensor:
+        if mask is not None:
+            images = images * mask
+        return self.units(images.flip(-1) if flip else images)
 
 
 class Branching(nn.Module):
@@ -67,6 +80,27 @@ def test_no_cut_where_a_connection_spans_it() -> None:
     for segment in segments:
         features = segment.module(features)
     assert torch.equal(features, model(images))
+
+
+def test_roles_stay_in_the_units_that_hold_them() -> None:
+    names = ["layer1.0", "layer1.0.conv1", "layer1.1", "layer1.1.conv1", "layer10.0.conv1"]
+    assert outermost(names) == {
+        "layer1.0": "layer1.0",
+        "layer1.0.conv1": "layer1.0",
+        "layer1.1": "layer1.1",
+        "layer1.1.conv1": "layer1.1",
+        "layer10.0.conv1": "layer10.0.conv1",
+    }
+    segments = split(build_model("resnet20"), names[:4])
+    assert [segment.units for segment in segments] == [(), ("layer1.0",), ("layer1.1",), ()]
+
+
+def test_arguments_with_a_default_are_not_passed() -> None:
+    model = Masked()
+    segments = split(model, ["units.0", "units.1"])
+    assert [segment.name for segment in segments] == ["units.0", "units.1"]
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(segments[1].module(segments[0].module(images)), model(images))
 
 
 def test_what_cannot_be_traced_says_why() -> None:

@@ -7,14 +7,14 @@ weights are kept, and the final model is whole. The rule of the cut is our recon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlsearch.learn_drop.scores import relative_changes, settled_prefix, smoothed
-from rlsearch.model_graph import HEAD, Segment
+from rlsearch.model_graph import Segment
 from rlsearch.policy import LearnDrop
 
 ParametersOf = Callable[[nn.Module], Sequence[Tensor]]
@@ -37,7 +37,8 @@ class Dropper:
         settings: thresholds and patience.
         epochs: of the whole training; warm-up is a share of it.
         optimizer: loses the dropped parameters and their state.
-        sources: for each replaced unit the units whose parameters it borrows; it may only be dropped with them.
+        sources: for units of the segments the units, of the segments too, whose parameters they borrow, for themselves
+            or for a part of them; they may only be dropped with these.
         parameters_of: the tensors by which a layer's learning is measured; for replaced units the synthesised ones.
     """
 
@@ -49,7 +50,7 @@ class Dropper:
         epochs: int,
         optimizer: torch.optim.Optimizer,
         *,
-        sources: Mapping[str, Sequence[str]] | None = None,
+        sources: Mapping[str, Collection[str]] | None = None,
         parameters_of: ParametersOf = own_parameters,
     ) -> None:
         self.settings = settings
@@ -60,8 +61,8 @@ class Dropper:
         self._optimizer = optimizer
         self._sources = dict(sources or {})
         self._parameters_of = parameters_of
-        # The head never leaves: without it nothing would learn.
-        self._layers = [segment for segment in self._segments if segment.name != HEAD]
+        # The last segment never leaves, be it a head or a unit: without it nothing would learn.
+        self._layers = self._segments[:-1]
         self._averages: list[float | None] = [None] * len(self._layers)
         self._settled_for = [0] * len(self._layers)
         self._snapshot = self._parameters()
@@ -168,7 +169,7 @@ class Dropper:
         return cut
 
     def _is_closed(self, cut: int) -> bool:
-        """Whether every replaced unit in the prefix has both its sources there too: a frozen unit may not depend on
+        """Whether every replaced unit in the prefix has its sources there too: what is frozen may not depend on
         parameters that go on learning."""
         inside = {unit for layer in self._layers[:cut] for unit in layer.units}
         return all(inside.issuperset(self._sources.get(unit, ())) for unit in inside)

@@ -10,6 +10,7 @@ from rlsearch.replacement.blocks import BLOCKS, BlockKind
 from rlsearch.replacement.fitting import fits
 from rlsearch.replacement.layers import composed_parameters, mixing_parameters
 from rlsearch.replacement.surgery import (
+    PlannedUnit,
     ReplacedUnit,
     SurgeryPlan,
     SurgeryReport,
@@ -24,6 +25,7 @@ from rlsearch.replacement.units import Unit, find_units
 __all__ = [
     "BLOCKS",
     "BlockKind",
+    "PlannedUnit",
     "ReplacedUnit",
     "SurgeryPlan",
     "SurgeryReport",

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from rlsearch.errors import suggestion
 from rlsearch.replacement.blocks import BLOCKS, BlockKind
-from rlsearch.replacement.layers import COMPOSED, ComposedLayer, Skip
+from rlsearch.replacement.layers import ComposedLayer
+from rlsearch.replacement.projection import num_map_terms
+from rlsearch.replacement.single import SingleParts, SingleUnit, single_candidates
+from rlsearch.replacement.skip import Skip
 from rlsearch.replacement.units import NORMS, Unit
 
 _PLACES = ("preceding", "succeeding")
+
+Shape = tuple[int, ...]
+
+
+class MadeTensor(NamedTuple):
+    """One tensor of a unit that is made.
+
+    Attributes:
+        layer: the name in the unit of the layer that it belongs to.
+        name: its name in that layer.
+        uses: which of the two sources it is made from.
+        mapped: whether their channels are mapped first, because they have another shape.
+    """
+
+    layer: str
+    name: str
+    uses: tuple[bool, bool] = (True, True)
+    mapped: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name in the unit."""
+        return _join(self.layer, self.name)
 
 
 class Fit(NamedTuple):
@@ -20,17 +48,24 @@ class Fit(NamedTuple):
 
     Attributes:
         reason: why it does not, beginning with the unit's name; None if it does.
-        composed: the tensors that it makes, as (name of the layer in the unit, ``weight`` or ``bias``).
+        made: the tensors that it makes.
         kept: the names in the unit of the tensors that stay its own.
+        single: what is left of the unit under ``operator: single``; None under ``same``.
     """
 
     reason: str | None
-    composed: tuple[tuple[str, str], ...] = ()
+    made: tuple[MadeTensor, ...] = ()
     kept: tuple[str, ...] = ()
+    single: SingleParts | None = None
 
 
 def fits(
-    model: nn.Module, units: Sequence[Unit], unit_name: str, block: str, options: Mapping[str, Any] | None = None
+    model: nn.Module,
+    units: Sequence[Unit],
+    unit_name: str,
+    block: str,
+    options: Mapping[str, Any] | None = None,
+    sources: tuple[str, str] | None = None,
 ) -> str | None:
     """None if ``block`` can stand in for the unit, else the reason in words. Nothing is run or changed.
 
@@ -42,6 +77,7 @@ def fits(
         unit_name: which of them.
         block: a name in `BLOCKS`.
         options: the block's; defaults stand for those that are not named.
+        sources: the units to borrow from, where they are not its neighbours in the chain.
     """
     known = {unit.name: unit for unit in units}
     if unit_name not in known:
@@ -51,101 +87,185 @@ def fits(
     problems = BLOCKS[block].option_problems(options or {})
     if problems:
         return f"{unit_name}: {'; '.join(problems)}"
-    return examine(model, units, known[unit_name], BLOCKS[block], BLOCKS[block].resolve(options or {})).reason
+    unit = known[unit_name]
+    resolved = BLOCKS[block].resolve(options or {})
+    return examine(model, units, unit, BLOCKS[block], resolved, sources or unit.sources).reason
 
 
-def examine(model: nn.Module, units: Sequence[Unit], unit: Unit, kind: BlockKind, options: Mapping[str, Any]) -> Fit:
-    """How ``kind`` with its resolved ``options`` fits ``unit``."""
-    reason = _whole_unit_problem(model, units, unit, kind)
-    if reason is None and kind.needs_sources:
-        return _examine_tensors(model, unit, kind, options)
-    return Fit(reason and f"{unit.name}: {reason}")
+def examine(
+    model: nn.Module,
+    units: Sequence[Unit],
+    unit: Unit,
+    kind: BlockKind,
+    options: Mapping[str, Any],
+    sources: tuple[str, str] | None,
+) -> Fit:
+    """How ``kind`` with its resolved ``options`` fits ``unit`` if it borrows from ``sources``."""
+    if not kind.needs_sources:
+        return Fit(_skip_problem(unit))
+    if sources is None:
+        return Fit(_place_problem(units, unit))
+    if options["operator"] == "same":
+        return _examine_tensors(model, unit, kind, options, sources, None)
+    candidates = single_candidates(model.get_submodule(unit.name), unit)
+    if isinstance(candidates, str):
+        return Fit(f"{unit.name}: {candidates}")
+    found = [_examine_tensors(model, unit, kind, options, sources, parts) for parts in candidates]
+    return next((fit for fit in found if fit.reason is None), found[0])
 
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether a block stands in for the module, or for a part of it."""
-    return any(isinstance(part, (Skip, ComposedLayer)) for part in module.modules())
+    return any(isinstance(part, (Skip, SingleUnit, ComposedLayer)) for part in module.modules())
 
 
-def _whole_unit_problem(model: nn.Module, units: Sequence[Unit], unit: Unit, kind: BlockKind) -> str | None:
-    if not kind.needs_sources:
-        if unit.input_shape is None or unit.output_shape is None:
-            return f"its input or its output is not a single tensor, so that {kind.name} cannot stand in for it"
-        if unit.input_shape != unit.output_shape:
-            return (
-                f"its input {unit.input_shape} and its output {unit.output_shape} must have one shape for {kind.name}"
-            )
+def _skip_problem(unit: Unit) -> str | None:
+    if unit.input_shape is None or unit.output_shape is None:
+        return f"{unit.name}: its input or its output is not a single tensor, so that skip cannot stand in for it"
+    if unit.input_shape == unit.output_shape:
         return None
-    if unit.sources is None:
-        first = next(other for other in units if other.chain == unit.chain) == unit
-        place, missing = ("first", "preceding") if first else ("last", "succeeding")
-        return f"is the {place} unit of its chain {unit.chain}: it has no {missing} unit to borrow from"
-    return None
+    return f"{unit.name}: its input {unit.input_shape} and its output {unit.output_shape} must have one shape for skip"
 
 
-def _examine_tensors(model: nn.Module, unit: Unit, kind: BlockKind, options: Mapping[str, Any]) -> Fit:
+def _place_problem(units: Sequence[Unit], unit: Unit) -> str:
+    alike = [other.name for other in units if (other.chain, other.role) == (unit.chain, unit.role)]
+    role = "" if unit.role == "block" else f" for the role {unit.role}"
+    place, missing = ("first", "preceding") if alike[0] == unit.name else ("last", "succeeding")
+    return f"{unit.name}: is the {place} unit of its chain {unit.chain}{role}: it has no {missing} unit to borrow from"
+
+
+def _examine_tensors(
+    model: nn.Module,
+    unit: Unit,
+    kind: BlockKind,
+    options: Mapping[str, Any],
+    sources: tuple[str, str],
+    parts: SingleParts | None,
+) -> Fit:
     """Which tensors of a unit can be made from its sources, and what stands against it."""
-    composed: list[tuple[str, str]] = []
+    made: list[MadeTensor] = []
     kept: list[str] = []
+    problems: list[str] = []
     misfits: list[str] = []
     module = model.get_submodule(unit.name)
-    for layer_name, layer in module.named_modules():
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    for layer_name, layer in _layers(module, parts):
         names = [name for name, _ in layer.named_parameters(recurse=False)]
-        if isinstance(layer, NORMS):
+        if isinstance(layer, NORMS) and options["norms"] == "own":
             kept += [_join(layer_name, name) for name in names]
             continue
-        if names and type(layer) not in COMPOSED:
-            return Fit(f"{unit.name}: {_unknown_layer(layer_name, layer, names, kind)}")
+        if names and isinstance(layer, nn.RNNBase):
+            return Fit(
+                f"{unit.name}: {layer_name or 'it'} is a {type(layer).__name__}, whose parameters cannot be made"
+            )
         for name in names:
-            misfit = _misfit(model, unit, layer_name, name)
-            problem = kind.tensor_problem(getattr(layer, name).shape, options)
-            if misfit is None and problem:
-                return Fit(f"{unit.name}: {_join(layer_name, name)}: {problem}")
-            if misfit is None:
-                composed.append((layer_name, name))
+            if uses[id(getattr(layer, name))] > 1:
+                label = _join(layer_name, name)
+                return Fit(f"{unit.name}: {label} is tied to another tensor of the unit, which making it would undo")
+            found = _examine_tensor(model, unit.name, sources, layer_name, name, kind, options)
+            if isinstance(found, MadeTensor):
+                made.append(found)
             else:
-                misfits.append(misfit)
-                kept.append(_join(layer_name, name))
-    if misfits and options["boundary"] == "strict":
-        remedy = "; use boundary: keep" if composed else ""
-        return Fit(f"{unit.name}: {'; '.join(misfits)}{remedy}")
-    if not composed:
-        return Fit(
-            f"{unit.name}: {'; '.join(misfits) or 'it has no nn.Conv2d or nn.Linear whose tensors could be made'}"
-        )
-    return Fit(None, tuple(composed), tuple(kept))
+                misfits += [found.reason] * found.misfit
+                if found.misfit and options["boundary"] == "keep":
+                    kept.append(_join(layer_name, name))
+                else:
+                    problems.append(found.reason)
+    if problems:
+        remedy = "; use boundary: keep" if made and len(misfits) == len(problems) else ""
+        return Fit(f"{unit.name}: {'; '.join(problems)}{remedy}")
+    if not made:
+        return Fit(f"{unit.name}: {'; '.join(misfits) or 'it has no parameter that could be made from its sources'}")
+    return Fit(None, tuple(made), tuple(kept), parts)
 
 
-def _misfit(model: nn.Module, unit: Unit, layer_name: str, name: str) -> str | None:
-    """Why a tensor cannot be made from the tensors of its name in the sources, or None."""
-    assert unit.sources is not None  # checked before any tensor is looked at
-    own = _find(model, unit.name, layer_name, name)
-    for place, source in zip(_PLACES, unit.sources, strict=True):
-        other = _find(model, source, layer_name, name)
-        label = _join(layer_name, name)
-        if other is None:
-            return f"{label} is {own}, its {place} source {source} has none"
-        if other != own:
-            return f"{label} is {own}, its {place} source {source} has {other}"
-    return None
+class _Problem(NamedTuple):
+    """Why a tensor cannot be made; ``misfit`` where it is for its sources' shapes."""
+
+    reason: str
+    misfit: bool
 
 
-def _find(model: nn.Module, unit: str, layer_name: str, name: str) -> tuple[int, ...] | None:
-    """The shape of a plain layer's own tensor, or None where there is none."""
+def _layers(module: nn.Module, parts: SingleParts | None) -> Iterator[tuple[str, nn.Module]]:
+    """The layers whose tensors are asked about, with their names in the unit."""
+    if parts is None:
+        yield from module.named_modules()
+        return
+    for name in (parts.layer, parts.norm):
+        if name is not None:
+            yield name, module.get_submodule(name)
+
+
+def _examine_tensor(
+    model: nn.Module,
+    unit: str,
+    sources: tuple[str, str],
+    layer: str,
+    name: str,
+    kind: BlockKind,
+    options: Mapping[str, Any],
+) -> MadeTensor | _Problem:
+    """How one tensor is made."""
+    own = _shape(model, unit, unit, layer, name)
+    assert own is not None  # it was listed
+    others = [_shape(model, unit, source, layer, name) for source in sources]
+    fitting = [other == own or (kind.maps_channels and _can_be_mapped(other, own)) for other in others]
+    label = _join(layer, name)
+    if all(fitting):
+        return _affordable(MadeTensor(layer, name), own, others, kind, options)
+    if options["boundary"] == "one_sided" and any(fitting):
+        return _affordable(MadeTensor(layer, name, (fitting[0], fitting[1])), own, others, kind, options)
+    if options["boundary"] == "project" and all(_can_be_mapped(other, own) for other in others):
+        return _affordable(MadeTensor(layer, name, mapped=True), own, others, kind, options)
+    return _Problem(_misfit(label, own, sources, others, fitting), misfit=True)
+
+
+def _affordable(
+    made: MadeTensor, own: Shape, others: Sequence[Shape | None], kind: BlockKind, options: Mapping[str, Any]
+) -> MadeTensor | _Problem:
+    """The tensor, if less is learned for it than it has itself."""
+    used = [other for other, uses in zip(others, made.uses, strict=True) if uses and other is not None]
+    if made.mapped and not kind.maps_channels:
+        rank_name = "boundary_rank"
+        learned = sum(num_map_terms(other, own, options[rank_name]) for other in used if other != own)
+    else:
+        rank_name = "rank"
+        learned = kind.num_learned(own, used, options)
+    size = math.prod(own)
+    if learned == 0 or learned < size:
+        return made
+    reason = f"{made.label}: {rank_name} {options[rank_name]} learns {learned} numbers in place of its {size}"
+    return _Problem(f"{reason}; use a smaller {rank_name}", misfit=False)
+
+
+def _misfit(
+    label: str, own: Shape, sources: Sequence[str], others: Sequence[Shape | None], fitting: Sequence[bool]
+) -> str:
+    """In what the sources differ."""
+    differing = [
+        f"its {place} source {source} has {'none' if other is None else other}"
+        for place, source, other, fine in zip(_PLACES, sources, others, fitting, strict=True)
+        if not fine
+    ]
+    return f"{label} is {own}, {' and '.join(differing)}"
+
+
+def _can_be_mapped(other: Shape | None, own: Shape) -> bool:
+    """Whether the two differ in their channels alone."""
+    return other is not None and len(other) == len(own) and other[2:] == own[2:]
+
+
+def _shape(model: nn.Module, unit: str, source: str, layer: str, name: str) -> Shape | None:
+    """The shape of a tensor in the unit ``source``; None where that has no such layer of the class that ``unit`` has
+    there, or no such tensor in it."""
     try:
-        layer = model.get_submodule(_join(unit, layer_name))
+        found = model.get_submodule(_join(source, layer))
     except AttributeError:
         return None
-    tensor = layer._parameters.get(name) if type(layer) in COMPOSED else None
+    if type(found) is not type(model.get_submodule(_join(unit, layer))):
+        return None
+    tensor = found._parameters.get(name)
     return None if tensor is None else tuple(tensor.shape)
-
-
-def _unknown_layer(layer_name: str, layer: nn.Module, names: Sequence[str], kind: BlockKind) -> str:
-    place = layer_name or "it"
-    return (
-        f"{place} is a {type(layer).__name__} with parameters of its own ({', '.join(names)}), and {kind.name} can "
-        "make those of nn.Conv2d and nn.Linear only (norms keep theirs); use skip, or leave the unit as it is"
-    )
 
 
 def _join(*names: str) -> str:

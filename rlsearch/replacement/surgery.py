@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from rlsearch.errors import SurgeryError, suggestion
 from rlsearch.policy import Policy, Replacement
-from rlsearch.replacement.blocks import BLOCKS, Target
+from rlsearch.replacement.blocks import BLOCKS
+from rlsearch.replacement.clock import install_clock, remove_clock
 from rlsearch.replacement.fitting import Fit, examine, is_replaced
-from rlsearch.replacement.layers import ComposedLayer, Skip, become_composed, become_plain
-from rlsearch.replacement.mixings import Mixing
+from rlsearch.replacement.layers import ComposedLayer, Made, become_composed, become_plain, mixing_modules
+from rlsearch.replacement.mixings import Target
+from rlsearch.replacement.single import build_single
+from rlsearch.replacement.skip import Skip
+from rlsearch.replacement.sources import overlaps, sources_of
 from rlsearch.replacement.units import Unit, count_elements, find_units
 
 
@@ -25,13 +29,15 @@ class PlannedUnit:
     Attributes:
         unit: what is replaced.
         block: by what.
-        options: all of the block's options.
+        options: all of the block's options, none of them left to be decided.
+        sources: the units that it borrows from; None for a block that borrows nothing.
         fit: which tensors are made, and which stay.
     """
 
     unit: Unit
     block: str
     options: Mapping[str, Any]
+    sources: tuple[str, str] | None
     fit: Fit
 
 
@@ -51,6 +57,7 @@ class ReplacedUnit:
         block: what stands in for it.
         params_before: learnable parameters that it had.
         params_after: learnable parameters that it has now, those of the block included.
+        sources: the units that it borrows from, if any.
         composed: the names in the unit of the tensors that are made from its sources.
         kept: the names in the unit of the tensors that stay its own.
     """
@@ -59,6 +66,7 @@ class ReplacedUnit:
     block: str
     params_before: int
     params_after: int
+    sources: tuple[str, str] | None
     composed: tuple[str, ...]
     kept: tuple[str, ...]
 
@@ -99,11 +107,21 @@ def plan(
         raise SurgeryError(
             f"{type(model).__name__} has replaced units already; apply the whole policy to a newly built model"
         )
-    units = find_units(model, example_input) if units is None else units
+    return plan_untouched(model, policy, find_units(model, example_input) if units is None else units)
+
+
+def plan_untouched(model: nn.Module, policy: Policy, units: Sequence[Unit]) -> SurgeryPlan:
+    """As `plan`, for a model that is known to be untouched: what is said of its policies one after the other then takes
+    no walk through all of it.
+
+    Raises:
+        SurgeryError: as `plan`.
+    """
     planned: list[PlannedUnit] = []
-    problems = _source_problems(policy, units)
+    problems = _policy_problems(policy)
+    replaced = {item.unit for item in policy.replacements}
     for item in policy.replacements:
-        found = _plan_unit(model, units, item)
+        found = _plan_unit(model, units, item, replaced)
         if isinstance(found, PlannedUnit):
             planned.append(found)
         else:
@@ -139,14 +157,15 @@ def apply_policy(
     steps = plan(model, policy, units, example_input).replacements
     before = learnable_params(model)
     replaced = []
-    for step, module in [(step, _build(model, step)) for step in steps]:
+    for step, module in [(step, build_unit(model, step)) for step in steps]:
         name = step.unit.name
         record = ReplacedUnit(
             unit=name,
             block=step.block,
             params_before=learnable_params(model.get_submodule(name)),
             params_after=learnable_params(module),
-            composed=tuple(f"{layer}.{tensor}" if layer else tensor for layer, tensor in step.fit.composed),
+            sources=step.sources,
+            composed=tuple(tensor.label for tensor in step.fit.made),
             kept=step.fit.kept,
         )
         model.set_submodule(name, module)
@@ -157,13 +176,15 @@ def apply_policy(
 def materialize(model: nn.Module) -> nn.Module:
     """A copy of the model as a plain module tree: made tensors are ordinary parameters, skipped units ``nn.Identity``.
 
-    Its outputs are those of ``model``, and its ``state_dict`` has no key that the untouched model does not have.
+    Its outputs are those of ``model``. Where every block has the structure of its unit (``operator: same``, no skip),
+    it is of the untouched architecture, and its ``state_dict`` loads there; else it is a smaller one.
     """
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
+        remove_clock(module)
         if isinstance(module, ComposedLayer):
             become_plain(module)
-        elif isinstance(module, Skip):
+        elif isinstance(module, Skip) and not module.returns_pair:
             plain.set_submodule(name, nn.Identity().train(module.training))
     return plain
 
@@ -175,12 +196,15 @@ def learnable_params(model: nn.Module) -> int:
 
 def total_params(model: nn.Module) -> int:
     """Parameters of the materialised model, each part of a storage once; what blocks learn is not among them."""
-    parts = [part for part in model.modules() if not isinstance(part, Mixing)]
+    learned_by_blocks = mixing_modules(model)
+    parts = [part for part in model.modules() if part not in learned_by_blocks]
     own = [parameter for part in parts for parameter in part.parameters(recurse=False)]
     return count_elements(own) + sum(part.num_composed for part in parts if isinstance(part, ComposedLayer))
 
 
-def _plan_unit(model: nn.Module, units: Sequence[Unit], item: Replacement) -> PlannedUnit | list[str]:
+def _plan_unit(
+    model: nn.Module, units: Sequence[Unit], item: Replacement, replaced: Collection[str]
+) -> PlannedUnit | list[str]:
     """One replacement, or what stands against it."""
     known = {unit.name: unit for unit in units}
     problems = []
@@ -193,29 +217,56 @@ def _plan_unit(model: nn.Module, units: Sequence[Unit], item: Replacement) -> Pl
     problems += [f"{item.unit}: {problem}" for problem in kind.option_problems(item.options)]
     if problems:
         return problems
-    options = kind.resolve(item.options)
-    fit = examine(model, units, known[item.unit], kind, options)
-    return [fit.reason] if fit.reason else PlannedUnit(known[item.unit], item.block, options, fit)
+    unit, options = known[item.unit], _decided(model, kind.resolve(item.options))
+    sources = sources_of(units, unit, options["sources"], replaced) if kind.needs_sources else None
+    if sources is None and unit.sources is not None and kind.needs_sources:
+        return [f"{unit.name}: on one side no unit of its chain owns its parameters; replace fewer of {unit.chain}"]
+    problems = _source_problems(unit, sources or (), replaced)
+    fit = examine(model, units, unit, kind, options, sources)
+    problems += [fit.reason] if fit.reason else []
+    return problems or PlannedUnit(unit, item.block, options, sources, fit)
 
 
-def _source_problems(policy: Policy, units: Sequence[Unit]) -> list[str]:
-    """Units named twice, and units that would borrow from a unit that owns no parameters itself."""
-    known = {unit.name: unit for unit in units}
-    blocks: dict[str, str] = {}
+def _decided(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with ``init: auto`` decided: behind a batch norm the scale of a weight plays no part, elsewhere the
+    variance of what it makes should stay."""
+    if options.get("init") == "auto":
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        options["init"] = "half" if has_batch_norm else "rms"
+    return options
+
+
+def _source_problems(unit: Unit, sources: Sequence[str], replaced: Collection[str]) -> list[str]:
+    """Sources that do not own their parameters."""
+    return [
+        f"{unit.name}: borrows from {source}, which is itself replaced{_in(source, other)}; replace one of the two, "
+        "or use sources: nearest"
+        for source in sources
+        for other in sorted(replaced)
+        if overlaps(source, other)
+    ]
+
+
+def _in(source: str, replaced: str) -> str:
+    if source == replaced:
+        return ""
+    return f" in part ({replaced})" if replaced.startswith(source) else f" as a part of {replaced}"
+
+
+def _policy_problems(policy: Policy) -> list[str]:
+    """Units named twice, and units that are parts of others."""
     problems = []
+    names: list[str] = []
     for item in policy.replacements:
-        if item.unit in blocks:
+        if item.unit in names:
             problems.append(f"{item.unit}: is replaced twice; keep one of the two")
-        blocks[item.unit] = item.block
-    for name, block in blocks.items():
-        unit = known.get(name)
-        if unit is None or unit.sources is None or block not in BLOCKS or not BLOCKS[block].needs_sources:
-            continue
         problems += [
-            f"{name}: borrows from {source}, which is itself replaced (by {blocks[source]}); replace one of the two"
-            for source in unit.sources
-            if source in blocks
+            f"{max(item.unit, other, key=len)}: is a part of {min(item.unit, other, key=len)}, which is replaced too; "
+            "keep one of the two"
+            for other in names
+            if other != item.unit and overlaps(item.unit, other)
         ]
+        names.append(item.unit)
     return problems
 
 
@@ -225,30 +276,38 @@ def _message(policy: Policy, problems: Sequence[str]) -> str:
     return "\n".join([f"policy{made_for}: {count}", *(f"  - {problem}" for problem in problems)])
 
 
-def _build(model: nn.Module, step: PlannedUnit) -> nn.Module:
-    """The module that stands in for a unit."""
+def build_unit(model: nn.Module, step: PlannedUnit) -> nn.Module:
+    """The module that stands in for a unit; the model is left as it is, and shares with it the tensors that stay."""
     original = model.get_submodule(step.unit.name)
-    kind = BLOCKS[step.block]
-    if kind.make is None:
-        return Skip().train(original.training)
-    assert step.unit.sources is not None  # the plan has checked that
-    sources = [model.get_submodule(source) for source in step.unit.sources]
-    mixings = dict(zip(step.fit.composed, kind.make(_targets(original, sources, step.fit), step.options), strict=True))
+    if step.sources is None:
+        return Skip(isinstance(original, nn.MultiheadAttention)).train(original.training)
+    sources = [model.get_submodule(source) for source in step.sources]
+    targets = _targets(original, sources, step.fit)
+    mixings, clock = BLOCKS[step.block].make(targets, step.options)
     # The copy shares its tensors with the original: those that it keeps are the same parameters as before.
     tensors = [*original.parameters(), *original.buffers()]
     unit = copy.deepcopy(original, {id(tensor): tensor for tensor in tensors})
-    registered: set[nn.Module] = set()
-    for layer_name in dict.fromkeys(layer for layer, _ in step.fit.composed):
+    by_layer: dict[str, dict[str, Made]] = {}
+    for tensor, target, mixing in zip(step.fit.made, targets, mixings, strict=True):
+        by_layer.setdefault(tensor.layer, {})[tensor.name] = Made(mixing, tensor.uses, target.own.numel())
+    for layer_name, made in by_layer.items():
         previous, succeeding = (source.get_submodule(layer_name) for source in sources)
-        made = {tensor: mixing for (layer, tensor), mixing in mixings.items() if layer == layer_name}
-        become_composed(unit.get_submodule(layer_name), (previous, succeeding), made, registered)
+        become_composed(unit.get_submodule(layer_name), (previous, succeeding), made)
+    if step.fit.single is not None:
+        unit = build_single(unit, step.fit.single)
+    if clock is not None:
+        install_clock(unit, clock)
     return unit
 
 
 def _targets(unit: nn.Module, sources: Sequence[nn.Module], fit: Fit) -> list[Target]:
     """The tensors that are to be made, with what the unit and its sources have there."""
-    places = (unit, *sources)
-    return [
-        Target(*(getattr(place.get_submodule(layer), tensor).detach() for place in places))
-        for layer, tensor in fit.composed
-    ]
+    targets = []
+    for layer, name, uses, mapped in fit.made:
+        own = getattr(unit.get_submodule(layer), name).detach()
+        previous, succeeding = (
+            getattr(source.get_submodule(layer), name).detach() if used else None
+            for source, used in zip(sources, uses, strict=True)
+        )
+        targets.append(Target(layer, name, own, previous, succeeding, mapped))
+    return targets

@@ -88,7 +88,8 @@ def describe_policy(policy: Policy) -> str:
     """A policy on one line, as in ``skip layer1.2,1.4; scalar layer2.3; drop<0.012 p2``.
 
     Units stand after their block in natural order; a leading word that a unit shares with the one before it is left
-    out. Options of a block and Learn&Drop settings stand there where they are not the default.
+    out, and a trailing one that all share (``.self_attention``) stands once behind them. Options of a block and
+    Learn&Drop settings stand there where they are not the default.
     """
     if policy.is_baseline:
         return "end-to-end"
@@ -135,6 +136,9 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def _short_units(units: list[str]) -> str:
+    roles = {_trailing_word(unit) for unit in units}
+    role = roles.pop() if len(units) > 1 and len(roles) == 1 else ""
+    units = [unit.removesuffix(role) for unit in units]
     shown = []
     before = ""
     for unit in sorted(units, key=natural_key):
@@ -142,7 +146,13 @@ def _short_units(units: list[str]) -> str:
         prefix = word.group() if word else ""
         shown.append(unit[len(prefix) :] if prefix == before and len(prefix) < len(unit) else unit)
         before = prefix
-    return ",".join(shown)
+    return ",".join(shown) + role
+
+
+def _trailing_word(unit: str) -> str:
+    """What stands behind the last number of a name: ``.self_attention``."""
+    word = re.search(r"\D*$", unit)
+    return word.group() if word else ""
 
 
 def _describe_learn_drop(settings: LearnDrop) -> str:

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from rlsearch.errors import ModelError, Problem, suggestion
-from rlsearch.replacement import Unit, find_units, fits
-from rlsearch.search.policy_space import PolicySpace
+from rlsearch.replacement import Unit, find_units
+from rlsearch.search.policy_space import PolicySpace, matched_units
+from rlsearch.search.settings import ReplacementSpace
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.variants import Variant
 from rlsearch.training.models import build_model, build_spec
+
+_KEY = "space.replacement"
 
 
 def build_unallocated(space: SearchSpace) -> nn.Module:
@@ -44,40 +48,81 @@ def check_space(space: SearchSpace) -> list[Problem]:
     try:
         units = find_units(model)
     except ModelError as error:
-        return [*problems, Problem("space.replacement", str(error))]
-    problems += _check_units(space, units)
-    return problems or _check_blocks(space, model)
+        return [*problems, Problem(_KEY, str(error))]
+    problems += _check_units(space.replacement, units, space.model.name)
+    return problems or _check_blocks(space.replacement, PolicySpace(space, model))
 
 
-def _check_units(space: SearchSpace, units: list[Unit]) -> list[Problem]:
-    """Every pattern must name a unit."""
-    assert space.replacement is not None  # asked only then
-    names = [unit.name for unit in units]
-    return [
-        Problem(
-            "space.replacement.units", f"{pattern!r} matches no unit of {space.model.name}{suggestion(pattern, names)}"
-        )
-        for pattern in space.replacement.units
+def _check_units(replacement: ReplacementSpace, units: list[Unit], model: str) -> list[Problem]:
+    """Every role must be one of the model's, every pattern must name a unit, and no unit may be a part of another."""
+    roles = dict.fromkeys(unit.role for unit in units)
+    told = f"the roles of its units are {', '.join(roles)}"
+    unknown = [role for role in replacement.roles if role not in roles]
+    if unknown:
+        return [Problem(f"{_KEY}.roles", f"{role!r} is no role of {model}; {told}") for role in unknown]
+    names = [unit.name for unit in units if unit.role in replacement.roles]
+    problems = [
+        Problem(f"{_KEY}.units", f"{pattern!r} matches no unit of {model}{_remedy(pattern, names, units)}")
+        for pattern in replacement.units
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
+    if problems:
+        return problems
+    matched = frozenset(matched_units(replacement, units))
+    idle = [role for role in replacement.roles if not any(u.role == role and u.name in matched for u in units)]
+    problems = [Problem(f"{_KEY}.roles", f"units matches no unit of role {role!r}; leave it out") for role in idle]
+    return problems + _check_overlaps(units, matched)
 
 
-def _check_blocks(space: SearchSpace, model: nn.Module) -> list[Problem]:
-    """Every block must fit a unit, and at least one unit must be replaceable under ``max_fraction``."""
-    assert space.replacement is not None  # asked only then
-    policies = PolicySpace(space, model)
-    problems = []
-    for block in space.replacement.blocks:
-        if any(block in blocks for blocks in policies.blocks.values()):
-            continue
-        options = policies.options_of(block)
-        reasons = [fits(model, policies.units, name, block, options) for name in policies.matched]
-        told = "; ".join(str(reason) for reason in reasons[:3])
-        problems.append(Problem("space.replacement.blocks", f"{block!r} fits none of the matched units ({told})"))
+def _remedy(pattern: str, names: list[str], units: list[Unit]) -> str:
+    """What to write instead of a pattern that matches none of the names."""
+    others = dict.fromkeys(unit.role for unit in units if fnmatchcase(unit.name, pattern))
+    if others:
+        return f" of the given roles, only of role {', '.join(others)}: name that in roles"
+    return suggestion(pattern, names)
+
+
+def _check_overlaps(units: list[Unit], matched: frozenset[str]) -> list[Problem]:
+    """Whole units and their parts must not be mixed in one chain: what one borrows from, the other would replace."""
+    used = {(unit.chain, unit.role) for unit in units if unit.name in matched}
+    role_of = {unit.name: unit.role for unit in units if (unit.chain, unit.role) in used}
+    found: dict[tuple[str, str], str] = {}
+    for name, role in role_of.items():
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            whole = ".".join(parts[:length])
+            if whole in role_of:
+                pair = (role_of[whole], role)
+                found.setdefault(
+                    pair, f"{pair[0]} and {role} overlap: {name} is a part of {whole}; keep one of the two"
+                )
+    return [Problem(f"{_KEY}.roles", message) for message in found.values()]
+
+
+def _check_blocks(replacement: ReplacementSpace, policies: PolicySpace) -> list[Problem]:
+    """Every block, and every listed value of an option, must fit a unit; ``max_fraction`` must allow to replace one."""
+    fitting = {name for names in policies.blocks.values() for name in names}
+    useless = [variant for name, variant in policies.variants.items() if name not in fitting]
+    used = [variant for name, variant in policies.variants.items() if name in fitting]
+    problems = [
+        Problem(f"{_KEY}.blocks", f"{block!r} fits none of the matched units ({_reasons(policies, useless, block)})")
+        for block in replacement.blocks
+        if all(variant.block != block for variant in used)
+    ]
+    for name, values in {} if problems else replacement.options.items():
+        for index, value in enumerate(values if isinstance(values, list) else ()):
+            concerned = [variant for variant in useless if variant.options.get(name) == value]
+            if concerned and all(variant.options.get(name) != value for variant in used):
+                message = f"with {value!r} no block fits any of the matched units ({_reasons(policies, concerned)})"
+                problems.append(Problem(f"{_KEY}.options.{name}[{index}]", message))
     if policies.max_replaced == 0:
         least = 1 / len(policies.matched)
         message = f"allows no replacement: one of {len(policies.matched)} matched units is {least:.3g}"
-        problems.append(
-            Problem("space.replacement.max_fraction", f"{message}, got {space.replacement.max_fraction}; raise it")
-        )
+        problems.append(Problem(f"{_KEY}.max_fraction", f"{message}, got {replacement.max_fraction}; raise it"))
     return problems
+
+
+def _reasons(policies: PolicySpace, useless: list[Variant], block: str | None = None) -> str:
+    """Why the first variant (of a block) fits nowhere; three units are enough to understand it."""
+    variant = next(variant for variant in useless if block in (None, variant.block))
+    return "; ".join(str(policies.misfit(name, variant)) for name in policies.matched[:3])

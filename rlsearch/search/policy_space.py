@@ -1,15 +1,16 @@
 """The valid policies of a search space for one model, as a tree of decisions.
 
-Rules of adjacency, fit and size live here, where policies are made, never as a repair afterwards: a decision that would
-break one is not offered. Units are visited in a fixed shuffled order, so that `max_fraction` does not favour the front
-of the network. Reconstruction: the papers name fixed schedules (every k-th layer) and no search.
+Rules of adjacency, fit and size hold where policies are made (here, and in `rlsearch.search.unit_group`), never as a
+repair afterwards: a decision that would break one is not offered. Units are visited in a fixed shuffled order, so that
+`max_fraction` does not favour the front of the network. Reconstruction: the papers name fixed schedules (every k-th
+layer) and no search.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,9 +20,12 @@ from optuna.distributions import CategoricalDistribution
 from torch import nn
 
 from rlsearch.policy import LearnDrop, Policy, Replacement
-from rlsearch.replacement import BLOCKS, Unit, find_units, fits
+from rlsearch.replacement import Unit, find_units, fits
 from rlsearch.search.ranges import Distribution, size_of, values_of
+from rlsearch.search.settings import ReplacementSpace
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.unit_group import UnitGroup, times
+from rlsearch.search.variants import Variant, plain_variant, variants_of
 from rlsearch.training.loop import TrainingSpec
 
 Suggest = Callable[[str, Distribution], Any]
@@ -61,15 +65,17 @@ class PolicySpace:
     """What `space` offers for `model`.
 
     Args:
-        space: the search space; its ``num_classes`` need not be known.
+        space: the search space, in which `rlsearch.search.check.check_space` finds nothing wrong; its ``num_classes``
+            need not be known.
         model: the untouched model; neither changed nor run.
         input_shape: (C, H, W) of one image; None to guess it from the model.
 
     Attributes:
         space: as given.
         units: all units of the model, in forward order.
-        matched: the names of those that the space's patterns name, in forward order.
-        blocks: the blocks that fit each matched unit, by its name; units that take none are left out.
+        matched: the names of those that the space's patterns and roles name, in forward order.
+        variants: what the space offers for them, by name: blocks with their options.
+        blocks: the names of the variants that fit each matched unit, by its name; units that take none are left out.
         skippable: the matched units that can be skipped, whether or not the space offers that.
         max_replaced: how many units one policy may replace.
 
@@ -80,13 +86,18 @@ class PolicySpace:
     def __init__(self, space: SearchSpace, model: nn.Module, input_shape: Sequence[int] | None = None) -> None:
         example = None if input_shape is None else torch.empty(1, *input_shape, device="meta")
         self.space = space
+        self._model = model
         self.units: tuple[Unit, ...] = () if space.replacement is None else tuple(find_units(model, example))
         self._unit = {unit.name: unit for unit in self.units}
-        patterns = space.replacement.units if space.replacement else ()
-        self.matched = tuple(name for name in self._unit if any(fnmatchcase(name, pattern) for pattern in patterns))
-        fitting = {name: self._fitting(model, name) for name in self.matched}
-        self.blocks: dict[str, tuple[str, ...]] = {name: blocks for name, blocks in fitting.items() if blocks}
-        self.skippable = tuple(name for name in self.matched if fits(model, self.units, name, "skip") is None)
+        self.matched = () if space.replacement is None else matched_units(space.replacement, self.units)
+        self.variants = {} if space.replacement is None else variants_of(space.replacement)
+        self._groups = self._group_units()
+        self._group = {name: group for group in self._groups for name in group.variants}
+        self.blocks: dict[str, tuple[str, ...]] = {
+            name: self._group[name].variants[name] for name in self.matched if name in self._group
+        }
+        skip = plain_variant("skip")
+        self.skippable = tuple(name for name in self.matched if self.misfit(name, skip) is None)
         fraction = space.replacement.max_fraction if space.replacement else 0.0
         # 0.29 * 100 is 28.999999999999996: what a user would count must not be lost to rounding.
         self.max_replaced = math.floor(fraction * len(self.matched) + 1e-9)
@@ -117,7 +128,12 @@ class PolicySpace:
         return Decided(policy, replace(self.space.training, **settings), params, distributions)
 
     def point(self, blocks: Mapping[str, str], learn_drop: LearnDrop | None, training: TrainingSpec) -> Decided:
-        """The point with these blocks (by unit), Learn&Drop settings and training.
+        """The point with these variants (by unit), Learn&Drop settings and training.
+
+        Args:
+            blocks: names of `variants`, or of blocks that the space does not offer: those take their defaults.
+            learn_drop: None for none.
+            training: how it is trained.
 
         Returns:
             the point; without params where the space itself does not offer it (a control with a block of its own).
@@ -141,12 +157,14 @@ class PolicySpace:
         return Decided(policy, training, {}, {})
 
     def offered(self, unit: str, chosen: Mapping[str, str]) -> tuple[str, ...]:
-        """The blocks that may replace ``unit`` beside those already chosen; none where it is one's source."""
-        if any(unit in self._sources(other, block) for other, block in chosen.items()):
-            return ()
-        return tuple(
-            block for block in self.blocks[unit] if not any(source in chosen for source in self._sources(unit, block))
-        )
+        """The variants that may replace ``unit`` beside those already chosen, by unit; others keep their parameters."""
+        return self._group[unit].offered(unit, chosen)
+
+    def misfit(self, unit: str, variant: Variant, sources: tuple[str, str] | None = None) -> str | None:
+        """Why a variant does not fit a unit with these sources (by default its neighbours); None if it does."""
+        if sources in (None, self._unit[unit].sources):
+            return fits(self._model, self.units, unit, variant.block, variant.options)
+        return fits(self._model, self.units, unit, variant.block, variant.options, sources)
 
     def everything(self) -> Iterator[Decided]:
         """Every point of a space whose parameters are all discrete, each once."""
@@ -171,15 +189,15 @@ class PolicySpace:
             path.append((index + 1, count))
 
     def num_replacements(self) -> int:
-        """How many sets of replacements are valid; exact, by dynamic programming over each chain and the count.
+        """How many sets of replacements are valid; exact, and quick for a space of any size.
 
-        Along a chain only neighbours exclude each other (a source is kept), so that the last unit's state is enough to
-        go on; `max_fraction` bounds the total, so that ways are counted apart by how many units they replace.
+        Units of different chains or roles do not concern each other, but for `max_fraction`, which bounds their total:
+        so ways are counted apart by how many units they replace.
         """
         totals = [1]
-        for chain in self._chains():
-            totals = _times(totals, self._ways(chain), self.max_replaced)
-        return sum(totals[: self.max_replaced + 1])
+        for group in self._groups:
+            totals = times(totals, group.ways(self.max_replaced), self.max_replaced)
+        return sum(totals)
 
     def num_points(self) -> int:
         """How many points there are, continuous parameters not counted."""
@@ -194,21 +212,23 @@ class PolicySpace:
         """The names of the parameters that have no finite number of values."""
         return tuple(name for name, distribution in self.space.searched.items() if size_of(distribution) is None)
 
-    def _fitting(self, model: nn.Module, name: str) -> tuple[str, ...]:
-        blocks = self.space.replacement.blocks if self.space.replacement else ()
-        return tuple(b for b in blocks if fits(model, self.units, name, b, self.options_of(b)) is None)
+    def _group_units(self) -> list[UnitGroup]:
+        """The units by chain and role, those with nothing to be replaced left out."""
+        groups: dict[tuple[str, str], list[Unit]] = {}
+        for unit in self.units:
+            groups.setdefault((unit.chain, unit.role), []).append(unit)
+        matched = frozenset(self.matched)
 
-    def options_of(self, block: str) -> dict[str, Any]:
-        """The options of the space that ``block`` has."""
-        options = self.space.replacement.options if self.space.replacement else {}
-        return {name: value for name, value in options.items() if name in BLOCKS[block].options}
+        def fitting(name: str, variant: Variant, sources: tuple[str, str] | None) -> bool:
+            return self.misfit(name, variant, sources) is None
+
+        found = [UnitGroup(units, matched, self.variants, fitting) for units in groups.values()]
+        return [group for group in found if group.variants]
 
     def _policy(self, blocks: Mapping[str, str], learn_drop: LearnDrop | None) -> Policy:
-        replacements = tuple(Replacement(unit, blocks[unit], self.options_of(blocks[unit])) for unit in sorted(blocks))
+        chosen = {unit: self.variants.get(name, plain_variant(name)) for unit, name in sorted(blocks.items())}
+        replacements = tuple(Replacement(unit, one.block, dict(one.options)) for unit, one in chosen.items())
         return Policy(self.space.model, replacements, learn_drop)
-
-    def _sources(self, unit: str, block: str) -> Collection[str]:
-        return (self._unit[unit].sources or ()) if BLOCKS[block].needs_sources else ()
 
     def _decide_learn_drop(self, suggest: Suggest) -> LearnDrop | None:
         if self.space.learn_drop is None or not suggest("learn_drop", _ON_OR_OFF):
@@ -231,40 +251,20 @@ class PolicySpace:
         return chosen
 
     def _block_choice(self, unit: str, offered: tuple[str, ...]) -> tuple[str, Distribution]:
-        """The parameter that decides between ``offered``: Optuna wants the choices of one name never to change."""
-        name = "block" if offered == self.blocks[unit] else "block_without_sources"
+        """The parameter that decides between ``offered``.
+
+        Optuna wants the choices of one name never to change: where some of the unit's variants cannot be had, the name
+        says which are left, by their place among all of them.
+        """
+        left = [str(index) for index, variant in enumerate(self.blocks[unit]) if variant in offered]
+        name = "block" if offered == self.blocks[unit] else "_".join(["block", *left])
         return f"{name}:{unit}", CategoricalDistribution(offered)
 
-    def _chains(self) -> list[list[str]]:
-        """The names of all units, in forward order, one list a chain and role."""
-        chains: dict[tuple[str, str], list[str]] = {}
-        for unit in self.units:
-            chains.setdefault((unit.chain, unit.role), []).append(unit.name)
-        return list(chains.values())
 
-    def _ways(self, chain: Sequence[str]) -> list[int]:
-        """In how many valid ways 0, 1, 2, … units of one chain can be replaced."""
-        kept, free, sourced = [1], [0], [0]  # by how the last unit ended: kept, replaced without and with sources
-        for unit in chain:
-            blocks = self.blocks.get(unit, ())
-            num_sourced = sum(BLOCKS[block].needs_sources for block in blocks)
-            one_more = _times(_plus(kept, free), [0, len(blocks) - num_sourced], self.max_replaced)
-            with_sources = _times(kept, [0, num_sourced], self.max_replaced)
-            kept, free, sourced = _plus(_plus(kept, free), sourced), one_more, with_sources
-        return _plus(_plus(kept, free), sourced)
-
-
-def _plus(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The sum of two polynomials, by their coefficients."""
-    length = max(len(first), len(second))
-    return [sum(p[i] for p in (first, second) if i < len(p)) for i in range(length)]
-
-
-def _times(first: Sequence[int], second: Sequence[int], degree: int) -> list[int]:
-    """The product of two polynomials, without the powers above ``degree``."""
-    product = [0] * min(len(first) + len(second) - 1, degree + 1)
-    for i, a in enumerate(first):
-        for j, b in enumerate(second):
-            if i + j <= degree:
-                product[i + j] += a * b
-    return product
+def matched_units(replacement: ReplacementSpace, units: Sequence[Unit]) -> tuple[str, ...]:
+    """The names of the units that a search space means, in forward order."""
+    return tuple(
+        unit.name
+        for unit in units
+        if unit.role in replacement.roles and any(fnmatchcase(unit.name, pattern) for pattern in replacement.units)
+    )

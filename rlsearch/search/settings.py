@@ -20,12 +20,15 @@ class ReplacementSpace:
 
     Attributes:
         units: patterns (``layer*``) of the names of the units that may be replaced.
+        roles: which units the patterns look at: ``block`` for whole ones, or parts of them (``self_attention``).
         blocks: the kinds of block to choose from.
         max_fraction: the greatest share of those units that one policy may replace, in (0, 1].
-        options: options of the blocks (``init``, ``boundary``); each goes to the blocks that have it.
+        options: options of the blocks (``init``, ``boundary``); each goes to the blocks that have it. Of a list of
+            values every replaced unit takes one.
     """
 
     units: tuple[str, ...] = ("*",)
+    roles: tuple[str, ...] = ("block",)
     blocks: tuple[str, ...] = ("skip", "scalar", "channel")
     max_fraction: float = 0.5
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -113,9 +116,10 @@ def parse_replacement(content: Any, problems: list[Problem]) -> ReplacementSpace
     key = "space.replacement"
     if typed(content, dict, key, problems) is None:
         return None
-    unknown_keys(content, ("units", "blocks", "max_fraction", "options"), key, problems)
+    unknown_keys(content, ("units", "roles", "blocks", "max_fraction", "options"), key, problems)
     usual = ReplacementSpace()
     units = _names(content.get("units", list(usual.units)), f"{key}.units", problems)
+    roles = _names(content.get("roles", list(usual.roles)), f"{key}.roles", problems)
     blocks = _names(content.get("blocks", list(usual.blocks)), f"{key}.blocks", problems)
     for block in blocks:
         if block not in BLOCKS:
@@ -126,7 +130,7 @@ def parse_replacement(content: Any, problems: list[Problem]) -> ReplacementSpace
     options = typed(content.get("options") or {}, dict, f"{key}.options", problems) or {}
     known = {block: BLOCKS[block] for block in blocks if block in BLOCKS}
     _check_options(options, known, f"{key}.options", problems)
-    return ReplacementSpace(units, blocks, fraction or usual.max_fraction, options)
+    return ReplacementSpace(units, roles, blocks, fraction or usual.max_fraction, options)
 
 
 def parse_search(content: Any, problems: list[Problem]) -> SearchSettings | None:
@@ -164,16 +168,23 @@ def _names(value: Any, key: str, problems: list[Problem]) -> tuple[str, ...]:
 def _check_options(
     options: Mapping[str, Any], blocks: Mapping[str, BlockKind], key: str, problems: list[Problem]
 ) -> None:
-    """Each option must be known to one of the blocks, and hold a value that all which know it accept."""
+    """Each option must be known to one of the blocks, and hold values that all which know it accept."""
     known = sorted({name for kind in blocks.values() for name in kind.options})
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             hint = suggestion(str(name), known) or " (they have none)"
             problems.append(Problem(f"{key}.{name}", f"is no option of the blocks {', '.join(blocks)}{hint}"))
-    for name, value in options.items():
-        rules = dict.fromkeys(
-            kind.options[name].rule
-            for kind in blocks.values()
-            if name in kind.options and not kind.options[name].accepts(value)
-        )
-        problems.extend(Problem(f"{key}.{name}", f"must be {rule}, got {value!r}") for rule in rules)
+            continue
+        if value == []:
+            problems.append(Problem(f"{key}.{name}", "must hold at least one value"))
+        listed = isinstance(value, list)
+        for index, one in enumerate(value if listed else [value]):
+            place = f"{key}.{name}[{index}]" if listed else f"{key}.{name}"
+            rules = dict.fromkeys(
+                kind.options[name].rule
+                for kind in blocks.values()
+                if name in kind.options and not kind.options[name].accepts(one)
+            )
+            problems.extend(Problem(place, f"must be {rule}, got {one!r}") for rule in rules)
+            if listed and one in value[:index]:
+                problems.append(Problem(place, f"{one!r} stands twice; keep one"))

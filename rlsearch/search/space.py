@@ -87,6 +87,7 @@ class SearchSpace:
         if self.replacement is not None:
             space["replacement"] = {
                 "units": list(self.replacement.units),
+                "roles": list(self.replacement.roles),
                 "blocks": list(self.replacement.blocks),
                 "max_fraction": self.replacement.max_fraction,
                 "options": dict(self.replacement.options),

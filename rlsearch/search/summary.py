@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -16,7 +17,7 @@ from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace
-from rlsearch.training.data import load_data
+from rlsearch.training.data import known_shape, load_data
 from rlsearch.training.models import default_image_size
 
 _COSTS = {"params": "params", "params_total": "params_total", "memory": "memory_predicted"}
@@ -43,6 +44,8 @@ class SpaceSummary:
         replacements: valid sets of replacements alone.
         continuous: the parameters that `size` does not count.
         num_units: units that the patterns match.
+        roles: how many of them have which role.
+        variants: by name, blocks with their options: how many of the units each fits.
         max_replaced: how many of them one policy may replace.
         sampled: how many random valid policies the costs and shares are taken over.
         cost: by name: ``params``, ``params_total``, ``memory_predicted`` (bytes), ``forward_flops`` and ``step_flops``
@@ -56,6 +59,8 @@ class SpaceSummary:
     replacements: int
     continuous: tuple[str, ...]
     num_units: int
+    roles: dict[str, int]
+    variants: dict[str, int]
     max_replaced: int
     sampled: int
     cost: dict[str, Spread]
@@ -93,6 +98,8 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
         replacements=policies.num_replacements(),
         continuous=policies.continuous(),
         num_units=len(policies.matched),
+        roles=dict(Counter(unit.role for unit in policies.units if unit.name in policies.matched)),
+        variants={name: sum(name in fitting for fitting in policies.blocks.values()) for name in policies.variants},
         max_replaced=policies.max_replaced,
         sampled=num_samples,
         cost={name: _spread([one[key] for one in found], reference[key]) for key, name in _COSTS.items()},
@@ -115,11 +122,24 @@ def _look_at_data(space: SearchSpace) -> tuple[SearchSpace, tuple[int, ...], lis
     try:
         data = load_data(replace(space.data, limit=limit, download=False))
     except DataError as error:
-        size = space.data.image_size or default_image_size(space.model.name)
-        shape = example_shape(build_unallocated(space))[1:] if size is None else (3, size, size)
+        space, shape, told = _guess(space)
         remedy = "the search will fetch them" if space.data.download else "the search will not start without them"
-        return space, shape, [f"{error}\n  {remedy}; the costs are for images of {'x'.join(map(str, shape))}"]
+        size = "x".join(map(str, shape))
+        return space, shape, [f"{error}\n  {remedy}; the costs are for images of {size}{told}"]
     return space.with_num_classes(data.num_classes), data.input_shape, []
+
+
+def _guess(space: SearchSpace) -> tuple[SearchSpace, tuple[int, ...], str]:
+    """The space and the shape of one image while the data are missing, and which of it had to be assumed."""
+    known = known_shape(space.data)
+    if known is not None:
+        num_classes, shape = known
+        return (space if space.num_classes is not None else space.with_num_classes(num_classes)), shape, ""
+    side = space.data.image_size or default_image_size(space.model.name, space.model.kwargs)
+    guessed = example_shape(build_unallocated(space))[1:] if side is None else (3, side, side)
+    if space.num_classes is not None:
+        return space, guessed, ""
+    return space, guessed, f" and for {space.model.num_classes} classes; model.num_classes: N states another number"
 
 
 def _spread(values: Sequence[float], baseline: float) -> Spread:

@@ -1,7 +1,8 @@
 """What a policy costs, known without training it and without allocating anything.
 
 Every segment of the model (see `rlsearch.model_graph`) is run once on fake tensors, forward and backward, for every
-block that a policy puts into it; a policy's cost is then a sum. The sum is exact: operations are counted as
+block that a policy puts into it or into a part of it; segments that are alike share what was measured (see `kinds`). A
+policy's cost is then a sum. The sum is exact: operations are counted as
 `torch.utils.flop_counter` counts them on the whole model's real step, and an activation that two neighbouring segments
 both keep is counted once.
 
@@ -10,21 +11,26 @@ Method: reconstruction; the papers publish what they save, not how to predict it
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlsearch.errors import ConfigError, ModelError, Problem, suggestion
-from rlsearch.model_graph import Segment, fake_copy, split
-from rlsearch.policy import Policy, Replacement
-from rlsearch.replacement import Unit, apply_policy, find_units, fits, learnable_params, plan, total_params
+from rlsearch.model_graph import Segment, fake_copy, outermost, split
+from rlsearch.policy import Policy
+from rlsearch.replacement import PlannedUnit, Unit, find_units, fits, plan
+from rlsearch.replacement.fitting import is_replaced
+from rlsearch.replacement.surgery import build_unit, plan_untouched
+from rlsearch.training.kinds import Kinds
 from rlsearch.training.loop import autocast
 from rlsearch.training.segment_cost import SegmentCost, measure, saved_bytes
+from rlsearch.training.sizes import SharedStorage, Sizes
 
 # Tensors of a parameter's size that each optimizer keeps beside the parameter and its gradient.
 OPTIMIZER_STATES = {"sgd": 1, "adamw": 2}
@@ -50,24 +56,6 @@ class Cost:
     step_flops: float
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes of a model; or, with replacements in one segment, how far they differ from the untouched model's."""
-
-    learnable: int
-    total: int
-    learnable_bytes: int
-    fixed_bytes: int
-
-    def minus(self, other: _Sizes) -> _Sizes:
-        return _Sizes(
-            self.learnable - other.learnable,
-            self.total - other.total,
-            self.learnable_bytes - other.learnable_bytes,
-            self.fixed_bytes - other.fixed_bytes,
-        )
-
-
 class CostModel:
     """The costs of all policies of one model, at one input shape, batch size, optimizer and precision.
 
@@ -84,7 +72,7 @@ class CostModel:
 
     Raises:
         ConfigError: an optimizer that is unknown, or sizes that are not positive.
-        ModelError: the model cannot be run at that input shape, or has no unit.
+        ModelError: the model cannot be run at that input shape, gives no logits, or has no unit.
     """
 
     def __init__(
@@ -101,16 +89,25 @@ class CostModel:
         self._precision = precision
         self._mode, self._model = fake_copy(model)
         self._model.train()
+        self._is_replaced = is_replaced(self._model)
         # Two images: a batch norm in training mode refuses one value a channel.
         with self._mode:
             example = torch.empty(2, *input_shape)
         self.units: tuple[Unit, ...] = tuple(find_units(self._model, example))
-        self.segments: tuple[Segment, ...] = _segments(self._model, [unit.name for unit in self.units])
+        self._holders = outermost([unit.name for unit in self.units])
+        self.segments: tuple[Segment, ...] = _segments(self._model, list(dict.fromkeys(self._holders.values())))
         self._inputs = self._segment_inputs()
-        self._dense = self._sizes(self._model)
+        self._dense = Sizes.of(self._model)
+        self._shared = SharedStorage(self._model)
+        self._tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._kinds = Kinds(self._model, self.units)
+        self._segment_kinds = [
+            self._kinds.of_segment(segment.module, (inputs, segment is self.segments[-1]))
+            for segment, inputs in zip(self.segments, self._inputs, strict=True)
+        ]
         # Filled as policies ask for them.
-        self._segment_costs: dict[tuple[int, str, bool], SegmentCost] = {}
-        self._differences: dict[str, _Sizes] = {}
+        self._segment_costs: dict[Hashable, SegmentCost] = {}
+        self._differences: dict[Hashable, Sizes] = {}
 
     def cost(self, policy: Policy) -> Cost:
         """What ``policy`` costs at the start of its training, before any layer is dropped.
@@ -118,104 +115,127 @@ class CostModel:
         Raises:
             SurgeryError: the policy cannot be applied to this model.
         """
-        plan(self._model, policy, self.units)
-        placed = [replacements for replacements in self._placed(policy) if replacements]
-        differences = [self._difference(replacements) for replacements in placed]
-        learnable_bytes = self._dense.learnable_bytes + sum(item.learnable_bytes for item in differences)
-        fixed_bytes = self._dense.fixed_bytes + sum(item.fixed_bytes for item in differences)
-        activations = saved_bytes(self._active(policy, 0), 4 * math.prod(self._batch_shape))
-        forward, step = self.image_flops(policy, 0)
+        steps = self.plan(policy)
+        costs = self._costs(steps, 0, len(self.segments), cut=0)
+        sizes = self._dense + self._difference(steps)
+        forward, step = self._image_flops(costs)
+        activations = saved_bytes(costs, 4 * math.prod(self._batch_shape))
         return Cost(
-            params=self._dense.learnable + sum(item.learnable for item in differences),
-            params_total=self._dense.total + sum(item.total for item in differences),
-            memory=fixed_bytes + learnable_bytes * (1 + self._states) + activations,
+            params=sizes.learnable,
+            params_total=sizes.total,
+            memory=sizes.fixed_bytes + sizes.learnable_bytes * (1 + self._states) + activations,
             forward_flops=forward,
             step_flops=step,
         )
 
-    def fits(self, unit: str, block: str) -> str | None:
+    def plan(self, policy: Policy) -> tuple[PlannedUnit, ...]:
+        """The policy's replacements in forward order, each with the sources that it borrows from.
+
+        Raises:
+            SurgeryError: the policy cannot be applied to this model.
+        """
+        find = plan if self._is_replaced else plan_untouched
+        return find(self._model, policy, self.units).replacements
+
+    def fits(self, unit: str, block: str, options: Mapping[str, Any] | None = None) -> str | None:
         """None if ``block`` can stand in for ``unit``, else the reason in words."""
-        return fits(self._model, self.units, unit, block)
+        return fits(self._model, self.units, unit, block, options)
 
     def image_flops(self, policy: Policy, cut: int) -> tuple[float, float]:
         """Operations of one image in the segments from ``cut`` on: forward, and forward with backward."""
-        costs = self._active(policy, cut)
+        steps = self.plan(policy)
+        return self._image_flops(self._costs(steps, cut, len(self.segments), cut))
+
+    def forward_flops(self, policy: Policy, start: int, end: int) -> float:
+        """Operations of one image's forward pass through the segments from ``start`` up to ``end``."""
+        steps = self.plan(policy)
+        return self._image_flops(self._costs(steps, start, end, cut=0))[0]
+
+    def _image_flops(self, costs: Sequence[SegmentCost]) -> tuple[float, float]:
         forward = sum(item.forward_flops for item in costs)
         backward = sum(item.backward_flops for item in costs)
         return forward / self._batch_shape[0], (forward + backward) / self._batch_shape[0]
 
-    def forward_flops(self, policy: Policy, start: int, end: int) -> float:
-        """Operations of one image's forward pass through the segments from ``start`` up to ``end``."""
-        placed = self._placed(policy)
-        costs = [self._segment_cost(index, placed[index], index > 0) for index in range(start, end)]
-        return sum(item.forward_flops for item in costs) / self._batch_shape[0]
+    def _costs(self, steps: Sequence[PlannedUnit], start: int, end: int, cut: int) -> list[SegmentCost]:
+        """The costs of segments with the planned units in them, if those before ``cut`` do not learn: the first that
+        does has no use for the gradient of its input."""
+        by_holder: dict[str, list[PlannedUnit]] = {}
+        for step in steps:
+            by_holder.setdefault(self._holders[step.unit.name], []).append(step)
+        return [
+            self._segment_cost(
+                index,
+                [step for holder in dict.fromkeys(self.segments[index].units) for step in by_holder.get(holder, ())],
+                needs_input_gradient=index > cut,
+            )
+            for index in range(start, end)
+        ]
 
-    def _active(self, policy: Policy, cut: int) -> list[SegmentCost]:
-        """The costs of the segments that learn; the first of them has no use for the gradient of its input."""
-        placed = self._placed(policy)
-        return [self._segment_cost(index, placed[index], index > cut) for index in range(cut, len(self.segments))]
-
-    def _placed(self, policy: Policy) -> list[tuple[Replacement, ...]]:
-        """The policy's replacements, by segment."""
-        by_unit = {item.unit: item for item in policy.replacements}
-        return [tuple(by_unit[unit] for unit in segment.units if unit in by_unit) for segment in self.segments]
-
-    def _segment_cost(
-        self, index: int, replacements: tuple[Replacement, ...], needs_input_gradient: bool
-    ) -> SegmentCost:
-        key = (index, _key(replacements), needs_input_gradient)
+    def _segment_cost(self, index: int, steps: Sequence[PlannedUnit], needs_input_gradient: bool) -> SegmentCost:
+        """Measured once for all segments and units that are alike."""
+        segment = self.segments[index]
+        places = tuple((self._place(segment, step.unit.name), self._kinds.of_measurement(step)) for step in steps)
+        key = (self._segment_kinds[index], places, needs_input_gradient)
         if key not in self._segment_costs:
-            segment = self.segments[index]
-            shape, dtype = self._inputs[index]
-            originals = {item.unit: self._model.get_submodule(item.unit) for item in replacements}
-            self._replace(replacements)
-            for item in replacements:
-                segment.module.set_submodule(item.unit, self._model.get_submodule(item.unit))
-            with self._mode:
+            shape, stride, dtype = self._inputs[index]
+            with self._placed(steps, segment.module) as modules, self._mode:
                 self._segment_costs[key] = measure(
                     segment.module,
-                    torch.empty(shape, dtype=dtype, requires_grad=needs_input_gradient),
+                    torch.empty_strided(shape, stride, dtype=dtype, requires_grad=needs_input_gradient),
                     precision=self._precision,
-                    parameters=[*self._model.parameters(), *self._model.buffers()],
+                    parameters=[*self._tensors, *(t for m in modules for t in [*m.parameters(), *m.buffers()])],
                     is_last=index == len(self.segments) - 1,
                 )
-            for name, original in originals.items():
-                self._model.set_submodule(name, original)
-                segment.module.set_submodule(name, original)
         return self._segment_costs[key]
 
-    def _difference(self, replacements: tuple[Replacement, ...]) -> _Sizes:
-        """What the replacements in one segment change in the model's sizes."""
-        key = _key(replacements)
-        if key not in self._differences:
-            originals = {item.unit: self._model.get_submodule(item.unit) for item in replacements}
-            self._replace(replacements)
-            self._differences[key] = self._sizes(self._model).minus(self._dense)
-            for name, original in originals.items():
-                self._model.set_submodule(name, original)
-        return self._differences[key]
+    def _place(self, segment: Segment, unit: str) -> tuple[int, str]:
+        """Where a unit is in its segment, whatever the names there."""
+        holder = self._holders[unit]
+        return segment.units.index(holder), unit.removeprefix(holder)
 
-    def _replace(self, replacements: tuple[Replacement, ...]) -> None:
-        if replacements:
-            with self._mode:
-                apply_policy(self._model, Policy(replacements=replacements), units=self.units)
+    def _difference(self, steps: Sequence[PlannedUnit]) -> Sizes:
+        """What the planned units change in the model's sizes."""
+        originals = [self._model.get_submodule(step.unit.name) for step in steps]
+        if any(self._shared.has(original) for original in originals):
+            with self._placed(steps):
+                return Sizes.of(self._model) - self._dense
+        keys = [self._kinds.of_step(step) for step in steps]
+        unknown = [step for step, key in zip(steps, keys, strict=True) if key not in self._differences]
+        if unknown:
+            with self._placed(unknown):
+                pass  # that is where they are noted
+        return sum((self._differences[key] for key in keys), Sizes())
 
-    def _sizes(self, model: nn.Module) -> _Sizes:
-        return _Sizes(
-            learnable_params(model),
-            total_params(model),
-            _bytes(p for p in model.parameters() if p.requires_grad),
-            _bytes(model.parameters()) + _bytes(model.buffers()),
-        )
+    @contextmanager
+    def _placed(self, steps: Sequence[PlannedUnit], segment: nn.Module | None = None) -> Iterator[list[nn.Module]]:
+        """Puts what stands in for the planned units into the model and into a segment of it, and the units back."""
+        with self._mode:
+            built = [_build(self._model, step) for step in steps]
+        names = [step.unit.name for step in steps]
+        originals = [self._model.get_submodule(name) for name in names]
+        for step, module, original in zip(steps, built, originals, strict=True):
+            # What is built has to be looked at once: for what it measures, and for what it holds.
+            key = self._kinds.of_step(step)
+            if key not in self._differences:
+                self._differences[key] = Sizes.of(module) - Sizes.of(original)
+        roots = [self._model] if segment is None else [self._model, segment]
+        try:
+            _set_submodules(roots, names, built)
+            yield built
+        finally:
+            _set_submodules(roots, names, originals)
 
-    def _segment_inputs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every segment's input batch."""
+    def _segment_inputs(self) -> list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
+        """Shape, strides and type of every segment's input batch."""
         inputs = []
         with self._mode, torch.no_grad(), autocast(self._precision, torch.device("cpu")):
             features = torch.empty(self._batch_shape)
             for segment in self.segments:
-                inputs.append((tuple(features.shape), features.dtype))
+                inputs.append((tuple(features.shape), features.stride(), features.dtype))
                 features = segment.module(features)
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            given = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise ModelError(f"{type(self._model).__name__} must give logits (images, classes), it gives {given}")
         return inputs
 
 
@@ -264,16 +284,24 @@ def _check(input_shape: Sequence[int], batch_size: int, optimizer: str) -> None:
 
 def _segments(model: nn.Module, names: Sequence[str]) -> tuple[Segment, ...]:
     try:
-        return tuple(split(model, names))
+        segments = tuple(split(model, names))
     except ModelError:
-        # Its costs are still known, only not piece by piece: the whole model is one segment.
-        return (Segment("model", model, tuple(names)),)
+        segments = ()
+    if {unit for segment in segments for unit in segment.units} == set(names):
+        return segments
+    # Its costs are still known, only not piece by piece: the whole model is one segment.
+    return (Segment("model", model, tuple(names)),)
 
 
-def _key(replacements: tuple[Replacement, ...]) -> str:
-    return json.dumps([asdict(item) for item in replacements], sort_keys=True)
+def _build(model: nn.Module, step: PlannedUnit) -> nn.Module:
+    """Where a and b start costs nothing, but would have to be computed."""
+    options = dict(step.options)
+    if "init" in options:
+        options["init"] = "half"
+    return build_unit(model, replace(step, options=options))
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors, shared storage once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+def _set_submodules(roots: Sequence[nn.Module], names: Sequence[str], modules: Sequence[nn.Module]) -> None:
+    for name, module in zip(names, modules, strict=True):
+        for root in roots:
+            root.set_submodule(name, module)

@@ -16,6 +16,9 @@ from rlsearch.errors import DivergedError, Problem, suggestion
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
 
+# In an optimizer's group: by how much its learning rate differs from the schedule's.
+RATE_SCALE = "rate_scale"
+
 
 @dataclass(frozen=True)
 class TrainingSpec:
@@ -30,6 +33,7 @@ class TrainingSpec:
         weight_decay: on weights of two and more dimensions only (>= 0).
         label_smoothing: in [0, 1).
         warmup_epochs: how long the learning rate rises (>= 0).
+        mixing_lr: the learning rate of what weighs a replaced unit's sources (a and b), as a multiple of ``lr`` (> 0).
         precision: ``bf16`` autocasts, ``fp32`` does not, ``auto`` takes bf16 on CUDA devices that have it.
     """
 
@@ -41,6 +45,7 @@ class TrainingSpec:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     warmup_epochs: float = 1.0
+    mixing_lr: float = 1.0
     precision: str = "auto"
 
     def problems(self, key: str = "training") -> list[Problem]:
@@ -52,6 +57,7 @@ class TrainingSpec:
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
+            "mixing_lr": (0 < self.mixing_lr < math.inf, "a finite number above 0"),
             "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "a finite number of at least 0"),
         }
         found = [
@@ -93,22 +99,22 @@ def learning_rate(step: int, num_steps: int, warmup_steps: int, peak: float) -> 
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_optimizer(
-    spec: TrainingSpec, model: nn.Module, no_decay: Iterable[nn.Parameter] = ()
-) -> torch.optim.Optimizer:
+def build_optimizer(spec: TrainingSpec, model: nn.Module, mixing: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
     """The optimizer over the model's learnable parameters.
 
-    Weights of two and more dimensions decay; biases, norms and ``no_decay`` (the mixing parameters of replaced
-    units, METHODS reconstruction) do not.
+    Weights of two and more dimensions decay; biases, norms and ``mixing`` (what weighs the sources of replaced units)
+    do not; the latter learn at a rate of their own. Reconstruction: the papers say neither.
     """
-    exempt = {id(parameter) for parameter in no_decay}
+    apart = {id(parameter) for parameter in mixing}
     learnable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in learnable if p.ndim >= 2 and id(p) not in exempt]
-    plain = [p for p in learnable if p.ndim < 2 or id(p) in exempt]
+    others = [p for p in learnable if id(p) not in apart]
     groups = [
-        {"params": decayed, "weight_decay": spec.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": spec.weight_decay, RATE_SCALE: 1.0},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, RATE_SCALE: 1.0},
     ]
+    if apart:
+        of_blocks = [p for p in learnable if id(p) in apart]
+        groups.append({"params": of_blocks, "weight_decay": 0.0, RATE_SCALE: spec.mixing_lr})
     if spec.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, fused=True)
     # Nesterov momentum needs momentum; without any, it is plain gradient descent.
@@ -157,7 +163,7 @@ def train_epoch(
     num_images = 0
     for (inputs, labels), rate in zip(batches, rates, strict=True):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[RATE_SCALE]
         with autocast(precision, device):
             logits = forward(inputs)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from rlsearch.replacement.clock import Clock
 from rlsearch.training.loop import autocast
 
 
@@ -19,8 +22,9 @@ class SegmentCost:
     """What one segment costs for a whole batch, with the blocks that a policy puts into it.
 
     Attributes:
-        forward_flops: operations of the forward pass.
-        backward_flops: operations of the backward pass; without the gradient of the input where none is needed.
+        forward_flops: operations of the forward pass, on average over the passes of units that learn in some only.
+        backward_flops: operations of the backward pass, on average; without the gradient of the input where none is
+            needed.
         interior_bytes: saved for backward, without the segment's input and output.
         output_bytes: the size of the output.
         saves_input: whether the input is kept for the backward pass.
@@ -28,8 +32,8 @@ class SegmentCost:
         is_identity: whether the output is the input itself (a skipped unit).
     """
 
-    forward_flops: int
-    backward_flops: int
+    forward_flops: float
+    backward_flops: float
     interior_bytes: int
     output_bytes: int
     saves_input: bool
@@ -40,7 +44,10 @@ class SegmentCost:
 def measure(
     module: nn.Module, inputs: Tensor, *, precision: str, parameters: Sequence[Tensor], is_last: bool
 ) -> SegmentCost:
-    """Runs ``module`` forward and backward on fake ``inputs``, under the caller's fake mode.
+    """What ``module`` costs on fake ``inputs``, under the caller's fake mode.
+
+    Units with a `Clock` learn in some passes only. Operations are those of an average pass, since what the passes of
+    one unit cost does not depend on those of another; what is kept is that of a pass in which all of them learn.
 
     Args:
         module: in training mode.
@@ -49,19 +56,53 @@ def measure(
         parameters: of the whole model; what is kept of them takes no further memory.
         is_last: whether the loss follows, whose own saved tensors are then counted with the segment's.
     """
+    clocks: dict[int, list[Clock]] = {}
+    for part in module.modules():
+        if isinstance(part, Clock):
+            clocks.setdefault(part.period, []).append(part)
+
+    def run() -> SegmentCost:
+        return _run(module, inputs, precision=precision, parameters=parameters, is_last=is_last)
+
+    _set_passes(clocks, None)
+    learning = run()
+    forward, backward = learning.forward_flops, learning.backward_flops
+    for period in clocks:
+        _set_passes(clocks, resting=period)
+        other = run()
+        share = (period - 1) / period
+        forward -= share * (learning.forward_flops - other.forward_flops)
+        backward -= share * (learning.backward_flops - other.backward_flops)
+    return replace(learning, forward_flops=forward, backward_flops=backward)
+
+
+def _set_passes(clocks: Mapping[int, Sequence[Clock]], resting: int | None) -> None:
+    """Brings every clock to a pass that learns; those of the period ``resting`` to one that does not."""
+    for period, alike in clocks.items():
+        for clock in alike:
+            clock.set_extra_state(1 if period == resting else 0)
+
+
+def _run(
+    module: nn.Module, inputs: Tensor, *, precision: str, parameters: Sequence[Tensor], is_last: bool
+) -> SegmentCost:
+    """Runs ``module`` forward and backward once."""
+    # In-place operations may not be applied to a leaf that requires a gradient; in the model it would be none.
+    inputs = inputs.clone()
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         saved[_storage(tensor)] = tensor
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-        with autocast(precision, inputs.device):
-            # A fresh alias: in-place operations may not be applied to a leaf that requires a gradient.
-            outputs = module(inputs.view_as(inputs))
-        forward = counter.get_total_flops()
-        value = F.cross_entropy(outputs.float(), _labels(outputs)) if is_last else outputs
+    counter = _FlopCounter()
+    with counter:
+        # Forward alone: what a block saves while its backward runs is gone when that is done.
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            with autocast(precision, inputs.device):
+                outputs = module(inputs)
+            forward = counter.flops
+            value = F.cross_entropy(outputs.float(), _labels(outputs)) if is_last else outputs
         if value.requires_grad:
             value.backward(torch.ones_like(value))
     known = {_storage(tensor) for tensor in parameters}
@@ -71,13 +112,37 @@ def measure(
         parameter.grad = None
     return SegmentCost(
         forward_flops=forward,
-        backward_flops=counter.get_total_flops() - forward,
+        backward_flops=counter.flops - forward,
         interior_bytes=sum(tensor.untyped_storage().nbytes() for tensor in interior),
         output_bytes=outputs.untyped_storage().nbytes(),
         saves_input=_storage(inputs) in saved,
         saves_output=_storage(outputs) in saved,
         is_identity=_storage(inputs) == _storage(outputs),
     )
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Counts as `torch.utils.flop_counter.FlopCounterMode` does, by the same formulas, but not module by module, which
+    takes that one as long again.
+
+    torch has formulas for attention too, on the CPU as on CUDA. It counts the weight gradient of a convolution in
+    groups as that of a dense one, which is more than is computed.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # Operations that are made of others do not come here: autograd has taken them apart.
+        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def saved_bytes(costs: Sequence[SegmentCost], input_bytes: int) -> int:

@@ -17,9 +17,15 @@ from torch import Tensor
 
 from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
 from rlsearch.learn_drop import Dropper
-from rlsearch.model_graph import split
+from rlsearch.model_graph import outermost, split
 from rlsearch.policy import ModelSpec, Policy
-from rlsearch.replacement import BLOCKS, apply_policy, composed_parameters, learnable_params, mixing_parameters
+from rlsearch.replacement import (
+    SurgeryReport,
+    apply_policy,
+    composed_parameters,
+    learnable_params,
+    mixing_parameters,
+)
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
 from rlsearch.training.data import DataSpec, ImageData, load_data
@@ -133,10 +139,10 @@ class Trial:
                 training.optimizer,
                 self._precision,
             )
-            apply_policy(self.model, spec.policy, units=self._costs.units)
+            report = apply_policy(self.model, spec.policy, units=self._costs.units)
             self.model.to(self.device).to(memory_format=torch.channels_last)
             self._optimizer = build_optimizer(training, self.model, mixing_parameters(self.model))
-            self._dropper = self._build_dropper()
+            self._dropper = self._build_dropper(report)
             self._inputs = TrainingInputs(
                 self._data, self.model, self._dropper, training.batch_size, spec.seed, self._precision
             )
@@ -294,18 +300,17 @@ class Trial:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _build_dropper(self) -> Dropper | None:
+    def _build_dropper(self, report: SurgeryReport) -> Dropper | None:
         settings = self.spec.policy.learn_drop
         if settings is None:
             return None
-        names = [unit.name for unit in self._costs.units]
-        borrowed = {unit.name: unit.sources for unit in self._costs.units if unit.sources}
-        sources = {
-            item.unit: borrowed[item.unit] for item in self.spec.policy.replacements if BLOCKS[item.block].needs_sources
-        }
+        holders = outermost([unit.name for unit in self._costs.units])
+        sources: dict[str, set[str]] = {}
+        for item in report.replaced:
+            sources.setdefault(holders[item.unit], set()).update(holders[source] for source in item.sources or ())
         return Dropper(
             self.model,
-            split(self.model, names),
+            split(self.model, list(holders)),
             settings,
             self.spec.training.epochs,
             self._optimizer,

@@ -17,6 +17,8 @@ from rlsearch.errors import ModelError, suggestion
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Where checkpoints of other programs keep the tensors.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+# The auxiliary classifiers of torchvision's Inception v3 and GoogLeNet, which are built without them.
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
 def load_initial_weights(
@@ -28,7 +30,8 @@ def load_initial_weights(
         model: the model to start.
         weights: a local file, or a name of torchvision's weights.
         torchvision_name: the model's name at torchvision, or None when it has no named weights.
-        num_classes: tells the classifier: the last linear layer of that width.
+        num_classes: tells the classifier: the last linear layer of that width, or the last convolution where a model
+            has no such layer (SqueezeNet).
         download: whether named weights that are not on this machine yet may be fetched.
 
     Raises:
@@ -100,16 +103,17 @@ def _read_named(weights: str, model_name: str | None, download: bool) -> dict[st
             f"weights {weights!r} of model {model_name!r} cannot be fetched, or read from {file}: {error}; "
             "remove the file if it is damaged"
         ) from error
-    return state
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
 
 
 def _head_names(model: nn.Module, num_classes: int) -> set[str]:
-    """The names of the classifier's tensors: of the last linear layer that is ``num_classes`` wide."""
-    heads = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == num_classes
+    """The names of the classifier's tensors: of the last layer that is ``num_classes`` wide, linear if there is one."""
+    modules = dict(model.named_modules())
+    linear = [
+        name for name, part in modules.items() if isinstance(part, nn.Linear) and part.out_features == num_classes
     ]
+    convs = [name for name, part in modules.items() if isinstance(part, nn.Conv2d) and part.out_channels == num_classes]
+    heads = linear or convs
     return {f"{heads[-1]}.weight", f"{heads[-1]}.bias"} if heads else set()
 
 
@@ -125,6 +129,9 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], head: set[str], source:
                 wrong.append(f"{name} is missing")
         elif state[name].shape == tensor.shape:
             loadable[name] = state[name]
+            # As in the classifier of torchvision's IMAGENET1K_FEATURES: the training would diverge at its first step.
+            if not torch.isfinite(state[name]).all():
+                wrong.append(f"{name} holds values that are not finite")
         elif not (name in head and state[name].shape[1:] == tensor.shape[1:]):
             wrong.append(f"{name} has shape {tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}")
     if wrong:

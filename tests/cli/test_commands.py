@@ -42,25 +42,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_profile(policy: Path) -> None:
-    done = rlsearch("profile", "resnet20", "--policy", policy, "--json")
-    content = json.loads(done.stdout)
-    assert (content["model"], content["params"]) == ("resnet20", 272_474)
-    units = {unit["name"]: unit for unit in content["units"]}
-    assert list(units) == [f"layer{stage}.{index}" for stage in (1, 2, 3) for index in (0, 1, 2)]
-    assert units["layer1.1"]["sources"] == ["layer1.0", "layer1.2"]
-    assert units["layer1.1"]["blocks"]["skip"]["params_saved"] == units["layer1.1"]["params"] == 4_672
-    assert units["layer1.0"]["blocks"]["scalar"] == {
-        "fits": False,
-        "reason": units["layer1.0"]["blocks"]["scalar"]["reason"],
-    }
-    assert "layer1.0" in units["layer1.0"]["blocks"]["scalar"]["reason"]
-    assert content["policy"]["cost"]["params"] == 272_474 - 18_560 - 4_608 + 2
-    shown = rlsearch("profile", "resnet20", "--policy", policy).stdout
-    assert "272,474 parameters" in shown
-    assert "the policy beside the baseline" in shown
-
-
 def test_train_goes_on_where_it_was(policy: Path, tmp_path: Path) -> None:
     arguments = ("train", policy, "--data", "digits", "--epochs", 2, "--set", "data.limit=200", "--out", "trained")
     done = rlsearch(*arguments, cwd=tmp_path)

@@ -51,6 +51,7 @@ def test_a_valid_space_is_told_with_its_size_its_costs_and_its_limits(validate: 
     assert f"{DIGITS}: valid" in done.stdout
     assert "210,796 points, times the continuous learn_drop.threshold: 52,699 sets of replacements" in done.stdout
     assert "(at most 7 of 15 units at once)" in done.stdout
+    assert "units: 15 of role block; how many each fits: skip 13, scalar 7, channel 7, lowrank 7" in done.stdout
     assert "466,906" in done.stdout
     assert "constraint params <= 1.0x: kept by 100 % of them" in done.stdout
 
@@ -114,6 +115,43 @@ def test_missing_data_are_a_warning_and_the_costs_are_told_all_the_same(
     assert "the search will not start without them; the costs are for images of 3x32x32" in warning
     assert found["cost"]["params"]["baseline"] == 272474
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "told", "params"),
+    [
+        # A set known by name tells its classes and the size of its images, a model at most a usual size.
+        ({"name": "resnet20"}, {"name": "cifar100"}, "the costs are for images of 3x32x32", 278_324),
+        ({"name": "resnet34"}, {"name": "stl10"}, "the costs are for images of 3x96x96", 21_289_802),
+        ({"name": "resnet20"}, {"name": "stl10", "image_size": 48}, "the costs are for images of 3x48x48", 272_474),
+        ({"name": "resnet20"}, {"name": "imagefolder:nowhere"}, "of 3x32x32 and for 10 classes; model.num", 272_474),
+        ({"name": "resnet20", "num_classes": 100}, {"name": "imagefolder:nowhere"}, "of 3x32x32", 278_324),
+    ],
+)
+def test_what_missing_data_would_tell_is_known_or_said_to_be_assumed(
+    validate: Callable[..., Done], tmp_path: Path, model: Any, data: Any, told: str, params: int
+) -> None:
+    data = data if ":" in data["name"] else {**data, "root": str(tmp_path)}
+    space = {"replacement": {"units": "layer*", "blocks": ["skip"]}}
+    path = tmp_path / "space.yaml"
+    path.write_text(json.dumps({"model": model, "data": data, "space": space}), encoding="utf-8")
+    found = content(validate(str(path), "--json"))
+    (warning,) = found["warnings"]
+    assert told in warning
+    assert ("model.num_classes" in warning) == ("model.num" in told)
+    assert found["cost"]["params"]["baseline"] == params
+
+
+def test_roles_and_variants_are_told_with_the_units_they_fit(validate: Callable[..., Done]) -> None:
+    settings = ("space.replacement.roles=[conv1, conv2]", "space.replacement.options={init: [half, fit]}")
+    done = validate(str(DIGITS), *(part for setting in settings for part in ("--set", setting)))
+    assert done.returncode == 0
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("units: "))
+    assert line.startswith("units: 15 of role conv1, 15 of role conv2; how many each fits: skip 28, scalar(init=half) ")
+    assert "scalar(init=fit)" in line
+    found = content(validate(str(DIGITS), "--json"))
+    assert found["roles"] == {"block": 15}
+    assert found["variants"] == {"skip": 13, "scalar": 7, "channel": 7, "lowrank": 7}
 
 
 def test_limits_that_no_policy_keeps_are_a_warning(validate: Callable[..., Done]) -> None:

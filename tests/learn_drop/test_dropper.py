@@ -115,6 +115,27 @@ def test_a_replaced_unit_leaves_only_with_both_its_sources() -> None:
     assert dropper.cut == 4
 
 
+def test_the_last_segment_is_never_dropped_though_it_holds_units() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    segments = split(net, ["0", "1", "2"])
+    assert segments[-1].units == ("2",)
+    settings = LearnDrop(threshold=0.1, patience=1, warmup=0.0, max_fraction=1.0)
+    dropper = Dropper(net, segments, settings, 10, optimizer)
+    assert dropper.end_epoch(1)
+    assert (dropper.cut, dropper.dropped_units) == (2, 2)
+    assert not dropper.end_epoch(2)
+    assert [p.requires_grad for p in net.parameters()] == [False] * 4 + [True] * 2
+
+
+def test_a_model_of_one_segment_drops_nothing() -> None:
+    net = nn.Sequential(nn.Linear(3, 3))
+    settings = LearnDrop(threshold=0.1, patience=1, warmup=0.0, max_fraction=1.0)
+    dropper = Dropper(net, split(net, ["0"]), settings, 10, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert not any(dropper.end_epoch(epoch) for epoch in (1, 2, 3))
+
+
 def test_prefix_and_suffix_are_the_model() -> None:
     net, dropper, optimizer = make(LearnDrop(threshold=0.1, patience=1, warmup=0.0, max_fraction=0.6))
     step(net, dropper, optimizer)

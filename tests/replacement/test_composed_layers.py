@@ -123,7 +123,7 @@ def test_the_gradients_of_the_pair_are_inner_products(chain_net, policy_of) -> N
     made = layer.weight.detach().requires_grad_()
     hidden = first(x).detach()
     (g,) = torch.autograd.grad(F.linear(hidden, made).square().sum(), made)
-    a, b = layer.weight_mixing.a, layer.weight_mixing.b
+    a, b = layer.weight_mixing.pair.a, layer.weight_mixing.pair.b
     layer(hidden).square().sum().backward()
     pairs = [(a, (g * first.weight).sum()), (b, (g * last.weight).sum()), (first.weight, g), (last.weight, 0 * g)]
     for parameter, expected in pairs:
@@ -149,12 +149,12 @@ def test_frozen_sources_and_pairs_get_no_gradient(chain_net, policy_of) -> None:
     apply_policy(model, policy_of({"chain.1": "scalar"}), x)
     layer = model.chain[1]
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter is layer.weight_mixing.a)
+        parameter.requires_grad_(parameter is layer.weight_mixing.pair.a)
     layer(x).square().sum().backward()
-    assert layer.weight_mixing.a.grad is not None
+    assert layer.weight_mixing.pair.a.grad is not None
     assert x.grad is not None
-    assert [parameter for parameter in model.parameters() if parameter.grad is not None] == [layer.weight_mixing.a]
-    layer.weight_mixing.a.requires_grad_(False)
+    assert [parameter for parameter in model.parameters() if parameter.grad is not None] == [layer.weight_mixing.pair.a]
+    layer.weight_mixing.pair.a.requires_grad_(False)
     grad = x.grad.clone()
     x.grad = None
     layer(x).square().sum().backward()
@@ -217,8 +217,8 @@ def test_every_tensor_is_registered_once(resnet32, policy_of) -> None:
     policy = policy_of({"layer1.3": "scalar", "layer2.2": "channel", "layer3.3": ("lowrank", {"rank": 2})})
     kept = {key for key in resnet32.state_dict() if not key.startswith(("layer1.3.c", "layer2.2.c", "layer3.3.c"))}
     apply_policy(resnet32, policy)
-    pairs = ["layer1.3.conv1.weight_mixing", "layer2.2.conv1.weight_mixing", "layer2.2.conv2.weight_mixing"]
-    pairs.append("layer3.3.conv1.weight_mixing.pair")
+    layers = ["layer1.3.conv1", "layer2.2.conv1", "layer2.2.conv2", "layer3.3.conv1"]
+    pairs = [f"{layer}.weight_mixing.pair" for layer in layers]
     matrices = {f"layer3.3.{conv}.weight_mixing.{name}" for conv in ("conv1", "conv2") for name in "uv"}
     assert set(resnet32.state_dict()) == kept | matrices | {f"{pair}.{name}" for pair in pairs for name in "ab"}
     assert len(list(resnet32.parameters())) == len({id(parameter) for parameter in resnet32.parameters()})
@@ -244,7 +244,7 @@ def test_a_deep_copy_refers_to_its_own_sources(resnet32, policy_of) -> None:
     other = copy.deepcopy(resnet32)
     with torch.no_grad():
         other.layer1[2].conv1.weight.zero_()
-        other.layer1[3].conv1.weight_mixing.b.zero_()
+        other.layer1[3].conv1.weight_mixing.pair.b.zero_()
     assert other.layer1[3].conv1.weight.abs().max() == 0
     assert other.layer1[3].conv2.weight.abs().max() > 0
     assert resnet32.layer1[3].conv1.weight.abs().max() > 0
@@ -263,7 +263,7 @@ def test_a_state_dict_goes_through_a_file_that_holds_tensors_alone(resnet32, pol
     other = copy.deepcopy(resnet32)
     apply_policy(resnet32, policy)
     with torch.no_grad():
-        resnet32.layer1[3].conv1.weight_mixing.a.fill_(0.25)
+        resnet32.layer1[3].conv1.weight_mixing.pair.a.fill_(0.25)
     file = io.BytesIO()
     torch.save(resnet32.state_dict(), file)
     file.seek(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rlsearch.policy import ModelSpec, Policy, Replacement
 from rlsearch.replacement import (
     BLOCKS,
     ReplacedUnit,
+    Unit,
     apply_policy,
     find_units,
     fits,
@@ -23,7 +25,7 @@ from rlsearch.replacement import (
     plan,
     total_params,
 )
-from rlsearch.replacement.layers import Skip
+from rlsearch.replacement.skip import Skip
 from rlsearch.training.models import build_model
 
 
@@ -47,8 +49,8 @@ def test_every_fourth_block_of_resnet32(resnet32, policy_of) -> None:
     norms = ("bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias")
     weights = ("conv1.weight", "conv2.weight")
     assert report.replaced == (
-        ReplacedUnit("layer1.3", "scalar", 4_672, 64 + 2, weights, norms),
-        ReplacedUnit("layer2.2", "scalar", 18_560, 128 + 2, weights, norms),
+        ReplacedUnit("layer1.3", "scalar", 4_672, 64 + 2, ("layer1.2", "layer1.4"), weights, norms),
+        ReplacedUnit("layer2.2", "scalar", 18_560, 128 + 2, ("layer2.1", "layer2.3"), weights, norms),
     )
     assert (report.params_before, report.params_after) == (466_906, 443_870)
     assert learnable_params(resnet32) == 443_870
@@ -56,7 +58,17 @@ def test_every_fourth_block_of_resnet32(resnet32, policy_of) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "learned"), [("skip", -2 * 64), ("scalar", 2), ("channel", 4 * 32), ("lowrank", 2 + 2 * 4 * (32 + 288))]
+    ("block", "learned"),
+    [
+        ("skip", -2 * 64),
+        ("constant", 0),
+        ("scalar", 2),
+        ("angle", 1),
+        ("coupled", 1),
+        ("channel", 4 * 32),
+        ("lowrank", 2 + 2 * 4 * (32 + 288)),
+        ("project", 2 + 2 * 2 * 4 * 4 * 32),
+    ],
 )
 def test_what_each_block_learns(resnet32, policy_of, block: str, learned: int) -> None:
     apply_policy(resnet32, policy_of({"layer2.2": block}))
@@ -80,7 +92,7 @@ def test_one_layer_may_keep_its_weight_and_borrow_its_bias(chain_net, policy_of)
     assert (report.replaced[0].composed, report.replaced[0].kept) == (("bias",), ("weight",))
     first, layer, last = model.chain
     assert layer.weight is own
-    bias = 0.5 * first.bias + 0.5 * last.bias
+    bias = 0.5**0.5 * first.bias + 0.5**0.5 * last.bias
     torch.testing.assert_close(layer(first(x)), nn.functional.linear(first(x), own, bias))
     torch.testing.assert_close(materialize(model)(x), model(x))
     assert list(materialize(model).state_dict()) == [
@@ -141,6 +153,7 @@ def test_every_error_at_once_and_nothing_changed(resnet32) -> None:
         Replacement("layer2.2", "skip"),
     ]
     modules = list(resnet32.modules())
+    which = "which is itself replaced; replace one of the two, or use sources: nearest"
     with pytest.raises(SurgeryError) as caught:
         apply_policy(resnet32, Policy(model=ModelSpec("resnet110"), replacements=tuple(wrong)))
     title, *problems = str(caught.value).split("\n")
@@ -149,10 +162,11 @@ def test_every_error_at_once_and_nothing_changed(resnet32) -> None:
         f"  - {line}"
         for line in [
             "layer2.2: is replaced twice; keep one of the two",
-            "layer1.1: borrows from layer1.2, which is itself replaced (by skip); replace one of the two",
             "layer1.1: unknown option 'ini' of block 'scalar'; did you mean 'init'?",
-            "layer1.1: option 'boundary' of block 'scalar' must be one of strict, keep, got 'keeps'",
-            "layer1.3: borrows from layer1.2, which is itself replaced (by skip); replace one of the two",
+            "layer1.1: option 'boundary' of block 'scalar' must be one of strict, keep, one_sided, project, got "
+            "'keeps'",
+            f"layer1.3: borrows from layer1.2, {which}",
+            f"layer2.2: borrows from layer2.3, {which}",
             "layer2.0: its input (16, 32, 32) and its output (32, 16, 16) must have one shape for skip",
             "layer2.3: unknown block 'scaler'; did you mean 'scalar'?",
             "layer3.1: conv1.weight is (64, 64, 3, 3), its preceding source layer3.0 has (64, 32, 3, 3); "
@@ -164,12 +178,38 @@ def test_every_error_at_once_and_nothing_changed(resnet32) -> None:
 
 
 def test_a_source_must_own_its_parameters(untouched_resnet32, policy_of) -> None:
-    with pytest.raises(
-        SurgeryError, match=r"layer1\.2: borrows from layer1\.3, which is itself replaced \(by scalar\)"
-    ):
+    with pytest.raises(SurgeryError, match=r"layer1\.2: borrows from layer1\.3, which is itself replaced; replace one"):
         plan(untouched_resnet32, policy_of({"layer1.2": "scalar", "layer1.3": "scalar"}))
     planned = plan(untouched_resnet32, policy_of({"layer1.3": "scalar", "layer1.1": "scalar"}))
     assert [step.unit.name for step in planned.replacements] == ["layer1.1", "layer1.3"]
+
+
+def test_units_side_by_side_borrow_from_the_nearest_that_own_their_parameters(chain_net, policy_of) -> None:
+    model = chain_net(*(nn.Linear(4, 4) for _ in range(7)))
+    x = torch.randn(3, 4)
+    nearest = ("scalar", {"sources": "nearest", "init": "half"})
+    policy = policy_of({"chain.1": nearest, "chain.2": "skip", "chain.3": nearest, "chain.5": nearest})
+    report = apply_policy(model, policy, x)
+    assert {item.unit: item.sources for item in report.replaced} == {
+        "chain.1": ("chain.0", "chain.4"),
+        "chain.2": None,
+        "chain.3": ("chain.0", "chain.4"),
+        "chain.5": ("chain.4", "chain.6"),
+    }
+    first, one, _, three, four, *_ = model.chain
+    for unit in (one, three):
+        torch.testing.assert_close(unit.weight, (first.weight + four.weight) / 2)
+    torch.testing.assert_close(materialize(model)(x), model(x))
+
+
+def test_a_role_borrows_from_its_own_role(resnet32, policy_of) -> None:
+    own = resnet32.layer2[2].conv1.weight
+    report = apply_policy(resnet32, policy_of({"layer2.2.conv2": "scalar"}))
+    assert report.replaced[0].sources == ("layer2.1.conv2", "layer2.3.conv2")
+    assert resnet32.layer2[2].conv1.weight is own
+    expected = (resnet32.layer2[1].conv2.weight + resnet32.layer2[3].conv2.weight) / 2
+    torch.testing.assert_close(resnet32.layer2[2].conv2.weight, expected)
+    assert report.params_after == 466_906 - 32 * 32 * 9 + 2
 
 
 def test_a_model_is_replaced_once(resnet32, policy_of) -> None:
@@ -188,19 +228,28 @@ def test_a_model_without_units_is_refused(chain_net, policy_of) -> None:
 
 
 def _random_policy(model: nn.Module, source: random.Random) -> Policy:
+    """Blocks on as many units as can be replaced together."""
     units = find_units(model)
-    chosen: dict[str, Replacement] = {}
-    borrowed: set[str] = set()
+    chosen: list[Replacement] = []
     for unit in source.sample(units, len(units)):
-        options = {"boundary": source.choice(["strict", "keep"]), "init": source.choice(["half", "previous", "fit"])}
         block = source.choice(list(BLOCKS))
-        sources = set(unit.sources or ()) if BLOCKS[block].needs_sources else set()
-        given = options if sources else {}
-        if unit.name in borrowed or sources & set(chosen) or fits(model, units, unit.name, block, given):
-            continue
-        borrowed |= sources
-        chosen[unit.name] = Replacement(unit.name, block, given)
-    return Policy(replacements=tuple(chosen.values()))
+        options = {
+            "boundary": source.choice(["strict", "keep", "one_sided", "project"]),
+            "init": source.choice(["half", "previous", "fit"]),
+        }
+        given = options if BLOCKS[block].needs_sources else {}
+        replacement = Replacement(unit.name, block, given)
+        if fits(model, units, unit.name, block, given) is None and _is_valid(model, units, [*chosen, replacement]):
+            chosen.append(replacement)
+    return Policy(replacements=tuple(chosen))
+
+
+def _is_valid(model: nn.Module, units: Sequence[Unit], replacements: Sequence[Replacement]) -> bool:
+    try:
+        plan(model, Policy(replacements=tuple(replacements)), units)
+    except SurgeryError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -256,7 +305,7 @@ def test_a_replaced_model_learns_and_its_sources_feel_it(resnet32, policy_of) ->
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert all(parameter.grad is not None for parameter in resnet32.parameters())
-    assert resnet32.layer1[3].conv1.weight_mixing.a.item() != 0.5
+    assert resnet32.layer1[3].conv1.weight_mixing.pair.a.item() != 0.5
 
 
 def test_surgery_without_memory_gives_the_same_numbers(resnet32, policy_of) -> None:

@@ -38,9 +38,16 @@ def test_a_policy_on_one_line() -> None:
 
 def test_what_units_share_is_said_once() -> None:
     units = replaced(("channel", "encoder_layer_3.attention"), ("channel", "encoder_layer_11.attention"))
-    assert describe_policy(Policy(replacements=units)) == "channel encoder_layer_3.attention,11.attention"
+    assert describe_policy(Policy(replacements=units)) == "channel encoder_layer_3,11.attention"
     units = replaced(("skip", "features"), ("skip", "head"), ("skip", "7"), ("skip", "8"))
     assert describe_policy(Policy(replacements=units)) == "skip 7,8,features,head"
+
+
+def test_a_role_that_all_share_stands_once_behind_them() -> None:
+    same = replaced(*(("scalar", f"encoder.layer_{index}.attention") for index in (3, 11, 5)))
+    assert describe_policy(Policy(replacements=same)) == "scalar encoder.layer_3,5,11.attention"
+    mixed = replaced(("scalar", "layer_3.attention"), ("scalar", "layer_4.mlp"))
+    assert describe_policy(Policy(replacements=mixed)) == "scalar layer_3.attention,4.mlp"
 
 
 def test_options_of_a_block_part_it_from_the_same_without() -> None:

@@ -122,6 +122,38 @@ def test_a_search_and_more_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
+def test_parts_of_units_with_searched_options_are_trained_and_resumed(tmp_path: Path) -> None:
+    replacement = {
+        "units": "layer*",
+        "roles": ["conv1", "conv2"],
+        "blocks": ["scalar"],
+        "options": {"operator": ["same"], "init": ["half", "previous"], "sources": "nearest"},
+    }
+    searched = space(
+        space={"replacement": replacement},
+        training={"epochs": 1, "batch_size": 32},
+        search={"trials": 3, "max_concurrent": 1, "seed": 2},
+    )
+    folder = tmp_path / "run"
+    start_search(searched, folder, console=quiet())
+    records = resume_search(folder, trials="+1", console=quiet()).records
+    assert [(record.state, record.origin) for record in records] == [
+        ("COMPLETE", "baseline"),
+        ("COMPLETE", "skip control"),
+        ("COMPLETE", "sampler"),
+        ("COMPLETE", "sampler"),
+    ]
+    replaced = [json.loads(record.policy)["replacements"] for record in records]
+    assert replaced[2] != replaced[3]
+    for item in (item for items in replaced[2:] for item in items):
+        assert item["unit"].rpartition(".")[2] in ("conv1", "conv2")
+        assert item["block"] == "scalar"
+        assert item["options"] in [{"operator": "same", "init": i, "sources": "nearest"} for i in ("half", "previous")]
+    assert [record.params < records[0].params for record in records[2:]] == [bool(items) for items in replaced[2:]]
+    assert any(replaced[2:])
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

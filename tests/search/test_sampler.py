@@ -1,12 +1,10 @@
-"""Proposals: always valid, never twice, the same from the same study; and the size of a space."""
+"""Proposals: always valid, never twice, and the same from the same study."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,9 +15,8 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 from torch import nn
 
-from rlsearch.errors import SurgeryError
-from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
-from rlsearch.replacement import BLOCKS, plan
+from rlsearch.policy import LearnDrop, ModelSpec, Policy
+from rlsearch.replacement import plan
 from rlsearch.search import sampler as sampler_module
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
@@ -137,6 +134,26 @@ def test_a_control_that_the_space_does_not_offer_is_trained_all_the_same() -> No
     assert {item.block for proposal in proposals[2:] for item in proposal.policy.replacements} == {"scalar"}
 
 
+def test_parts_of_units_and_variants_are_proposed_and_the_control_skips_the_same_parts() -> None:
+    replacement = {
+        "units": "layer*",
+        "roles": ["conv1", "conv2"],
+        "blocks": ["scalar"],
+        "options": {"init": ["half", "fit"], "boundary": "keep"},
+    }
+    policies = policies_of(space={"replacement": replacement})
+    proposals = search(sampler_of(policies), new_study(), 30)
+    assert [proposal.origin for proposal in proposals[:2]] == ["baseline", "skip control"]
+    control = {item.unit for item in proposals[1].policy.replacements}
+    assert {name.rpartition(".")[2] for name in control} == {"conv1", "conv2"}
+    replaced = [item for proposal in proposals[2:] for item in proposal.policy.replacements]
+    assert {item.block for item in replaced} == {"scalar"}
+    assert {tuple(sorted(item.options.items())) for item in replaced} == {
+        (("boundary", "keep"), ("init", "half")),
+        (("boundary", "keep"), ("init", "fit")),
+    }
+
+
 def test_no_freeze_control_where_nothing_is_dropped_and_no_skip_control_where_nothing_is_replaced() -> None:
     replacing = search(sampler_of(policies_of()), new_study(), 3)
     assert [proposal.origin for proposal in replacing] == ["baseline", "skip control", "sampler"]
@@ -149,7 +166,9 @@ replacements = st.fixed_dictionaries(
         "units": st.sampled_from(["*", "layer*", "layer1.*", ["layer2.*", "layer3.1"]]),
         "blocks": st.lists(st.sampled_from(["skip", "scalar", "channel", "lowrank"]), min_size=1, unique=True),
         "max_fraction": st.floats(0.01, 1),
-        "options": st.sampled_from([{}, {"boundary": "keep"}, {"init": "previous"}]),
+        "options": st.sampled_from(
+            [{}, {"boundary": "keep"}, {"init": ["half", "previous"]}, {"sources": "nearest", "init": ["half", "fit"]}]
+        ),
     }
 ).filter(lambda replacement: not replacement["options"] or replacement["blocks"] != ["skip"])
 learn_drops = st.one_of(st.none(), st.just({"patience": {"low": 1, "high": 3}, "features": ["recompute", "stored"]}))
@@ -305,77 +324,3 @@ def test_random_policies_reach_from_the_baseline_to_the_most() -> None:
     counts = [len(policies.decide(random_choices(policies, rng)).policy.replacements) for _ in range(400)]
     assert set(counts) == {0, 1, 2, 3, 4}
     assert max(map(counts.count, range(5))) < 200
-
-
-def by_brute_force(policies: PolicySpace) -> int:
-    """Every assignment of blocks to units, asked of the surgery itself."""
-    model = model_of(policies.space.model.name)
-    names = [unit.name for unit in policies.units if unit.name in policies.matched]
-    assert policies.space.replacement is not None
-    choices = [None, *policies.space.replacement.blocks]
-    valid = 0
-    for assignment in itertools.product(choices, repeat=len(names)):
-        chosen = [(name, block) for name, block in zip(names, assignment, strict=True) if block]
-        if len(chosen) > policies.max_replaced:
-            continue
-        policy = Policy(replacements=tuple(Replacement(*pair, policies.options_of(pair[1])) for pair in chosen))
-        try:
-            plan(model, policy, policies.units)
-        except SurgeryError:
-            continue
-        valid += 1
-    return valid
-
-
-@pytest.mark.parametrize("fraction", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("options", [{}, {"boundary": "keep"}])
-@pytest.mark.parametrize("units", ["layer1.*", ["layer1.2", "layer2.*", "layer3.0"]])
-def test_the_number_of_replacements_is_exact(fraction: float, options: dict[str, Any], units: Any) -> None:
-    replacement = {
-        "blocks": ["skip", "scalar", "channel"],
-        "max_fraction": fraction,
-        "options": options,
-        "units": units,
-    }
-    policies = policies_of(space={"replacement": replacement})
-    expected = by_brute_force(policies)
-    assert policies.num_replacements() == expected
-    assert len(list(policies.everything())) == expected
-
-
-def test_the_size_counts_what_is_searched_beside_and_names_what_is_continuous() -> None:
-    policies = policies_of(
-        space={
-            "replacement": {"units": "layer1.*", "blocks": ["skip"], "max_fraction": 1.0},
-            "learn_drop": {"patience": {"low": 1, "high": 3}, "threshold": {"low": 0.1, "high": 0.2}},
-        },
-        training={"batch_size": [32, 64], "lr": {"low": 0.1, "high": 0.3, "step": 0.1}},
-    )
-    # 2^3 sets of skipped units; Learn&Drop off or on with 3 patiences; 2 batch sizes; 3 learning rates.
-    assert policies.num_replacements() == 8
-    assert policies.num_points() == 8 * (1 + 3) * 2 * 3
-    assert policies.continuous() == ("learn_drop.threshold",)
-
-
-def test_what_a_source_may_not_be() -> None:
-    policies = policies_of(space={"replacement": {"blocks": ["skip", "scalar"], "max_fraction": 1.0}})
-    assert policies.offered("layer1.1", {}) == ("skip", "scalar")
-    assert policies.offered("layer1.1", {"layer1.0": "skip"}) == ("skip",)
-    assert policies.offered("layer1.2", {"layer1.1": "skip"}) == ("skip",)
-    assert policies.offered("layer1.2", {"layer1.1": "scalar"}) == ()
-
-
-@pytest.mark.parametrize("blocks", [["skip", "scalar", "channel"], ["skip", "bypass", "scalar"]])
-def test_no_parameter_ever_changes_its_choices(blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # A second block that needs no sources: what a unit between replaced neighbours can then choose from.
-    monkeypatch.setitem(BLOCKS, "bypass", replace(BLOCKS["skip"], name="bypass"))
-    policies = policies_of(space={"replacement": {"blocks": blocks, "max_fraction": 1.0}})
-    rng = random.Random(0)
-    known: dict[str, Any] = {}
-    for _ in range(300):
-        decided = policies.decide(random_choices(policies, rng))
-        assert decided.params.keys() == decided.distributions.keys()
-        for name, distribution in decided.distributions.items():
-            assert known.setdefault(name, distribution) == distribution
-    assert {name.partition(":")[0] for name in known} >= {"replace", "block"}
-    assert ("block_without_sources:layer1.1" in known) == ("bypass" in blocks)

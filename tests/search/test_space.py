@@ -20,6 +20,7 @@ from rlsearch.search.constraints import Constraint, parse_constraints
 from rlsearch.search.ranges import default_of, parse_distribution, size_of, to_plain, values_of
 from rlsearch.search.settings import parse_duration
 from rlsearch.search.space import DEFAULT_OBJECTIVES, SearchSpace, load_space, parse_space
+from rlsearch.search.variants import variants_of
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 DIGITS = SPACES / "digits_resnet32.yaml"
@@ -58,6 +59,10 @@ def small(**sections: Any) -> dict[str, Any]:
     return {**SMALL, **sections}
 
 
+def options(**values: Any) -> dict[str, Any]:
+    return small(space={"replacement": {"blocks": ["skip", "scalar"], "options": values}})
+
+
 def test_the_digits_space_says_what_its_file_says() -> None:
     space = load_space(DIGITS)
     assert (space.model.name, space.data.name, space.num_classes) == ("resnet32", "digits", None)
@@ -69,7 +74,7 @@ def test_the_digits_space_says_what_its_file_says() -> None:
     assert space.objectives == DEFAULT_OBJECTIVES
     assert space.constraints == (Constraint("params", "<=", 1.0, True),)
     assert space.replacement is not None
-    assert space.replacement.units == ("layer*",)
+    assert (space.replacement.units, space.replacement.roles) == (("layer*",), ("block",))
     assert space.replacement.blocks == ("skip", "scalar", "channel", "lowrank")
     # The freeze control takes the usual threshold, 0.01, only where the range holds it; else the range's middle.
     assert space.learn_drop == LearnDrop(threshold=math.sqrt(2e-2 * 3e-1))
@@ -85,13 +90,17 @@ def test_every_space_that_is_shipped_is_valid_and_opens_with_its_commands(path: 
     assert space.data.download is False
 
 
-def test_the_five_spaces_are_there() -> None:
+def test_the_nine_spaces_are_there() -> None:
     assert {path.stem for path in SPACES.glob("*.yaml")} == {
         "digits_resnet32",
         "cifar10_resnet20",
         "cifar10_resnet32",
         "cifar10_resnet110",
+        "cifar10_vgg16",
+        "cifar10_vit_tiny",
         "imagenette_resnet34",
+        "imagenet_resnet101",
+        "imagenet_vit_b16",
     }
 
 
@@ -147,6 +156,13 @@ def test_the_resolved_space_is_the_same_space(path: Path, tmp_path: Path) -> Non
         (small(space={"replacement": {"max_fraction": 1.5}}), "space.replacement.max_fraction", "at most 1, got 1.5"),
         (small(space={"replacement": {"options": {"int": "fit"}}}), "space.replacement.options.int", "'init'?"),
         (small(space={"replacement": {"options": {"init": "fitt"}}}), "space.replacement.options.init", "'fitt'"),
+        (options(init=["half", "fitt"]), "space.replacement.options.init[1]", "'fitt'"),
+        (options(init=[3, "fit"]), "space.replacement.options.init[0]", "got 3"),
+        (options(init=["half", "fit", "half"]), "space.replacement.options.init[2]", "'half' stands twice; keep one"),
+        (options(init=[]), "space.replacement.options.init", "must hold at least one value"),
+        (options(intt=["half"]), "space.replacement.options.intt", "'init'?"),
+        (small(space={"replacement": {"roles": []}}), "space.replacement.roles", "at least one"),
+        (small(space={"replacement": {"roles": ["mlp", "mlp"]}}), "space.replacement.roles[1]", "stands twice"),
         (small(space={"learn_drop": {"thresold": 0.1}}), "space.learn_drop.thresold", "did you mean 'threshold'?"),
         (small(space={"learn_drop": {"patience": {"low": 0, "high": 2}}}), "space.learn_drop.patience", "at least 1"),
         (small(space={}), "space", "leaves nothing to search"),
@@ -377,6 +393,62 @@ def test_the_number_of_classes_is_the_datas_unless_it_is_stated() -> None:
 def test_what_only_the_model_can_tell(changes: dict[str, Any], key: str, told: str) -> None:
     problems = by_key(check_space(parse_space({**SMALL, **changes})))
     assert told in problems[key]
+
+
+@pytest.mark.parametrize(
+    ("replacement", "key", "told"),
+    [
+        (
+            {"roles": ["conv9"]},
+            "roles",
+            "'conv9' is no role of resnet20; the roles of its units are block, conv1, conv2",
+        ),
+        ({"roles": ["block", "conv2"]}, "roles", "block and conv2 overlap: layer1.0.conv2 is a part of layer1.0; keep"),
+        # Not one of these units is a part of another, but layer1.2.conv1 would borrow from a part of layer1.1.
+        ({"roles": ["block", "conv1"], "units": ["layer1.1", "layer1.2.conv1"]}, "roles", "block and conv1 overlap"),
+        ({"roles": ["block", "conv1"], "units": "layer1.[0-9]"}, "roles", "no unit of role 'conv1'; leave it out"),
+        (
+            {"units": ["layer*", "*.conv1"]},
+            "units",
+            "'*.conv1' matches no unit of resnet20 of the given roles, only of",
+        ),
+        (
+            {"options": {"rank": [2, 4000]}},
+            "options.rank[1]",
+            "with 4000 no block fits any of the matched units (layer",
+        ),
+        ({"blocks": ["lowrank"], "options": {"rank": [3000, 4000]}}, "blocks", "'lowrank' fits none of the matched"),
+    ],
+)
+def test_what_only_the_units_can_tell(replacement: dict[str, Any], key: str, told: str) -> None:
+    replacement = {"units": "layer*", "blocks": ["skip", "lowrank"], **replacement}
+    found = by_key(check_space(parse_space(small(space={"replacement": replacement}))))
+    assert set(found) == {f"space.replacement.{key}"}
+    assert told in found[f"space.replacement.{key}"]
+
+
+def test_units_and_parts_of_other_chains_may_be_mixed() -> None:
+    replacement = {"units": ["layer1.?", "layer2.*.conv1"], "roles": ["block", "conv1"], "blocks": ["skip", "scalar"]}
+    assert check_space(parse_space(small(space={"replacement": replacement}))) == []
+
+
+def test_variants_are_named_by_what_is_listed_in_the_order_of_the_blocks_own_options() -> None:
+    listed = {"rank": [8, 2], "boundary": "keep", "init": ["half"]}
+    replacement = parse_space(
+        small(space={"replacement": {"blocks": ["lowrank", "skip", "scalar"], "options": listed}})
+    ).replacement
+    assert replacement is not None
+    found = variants_of(replacement)
+    assert list(found) == [
+        "lowrank(init=half, rank=8)",
+        "lowrank(init=half, rank=2)",
+        "skip",
+        "scalar(init=half)",
+    ]
+    assert all(name == variant.name for name, variant in found.items())
+    assert found["lowrank(init=half, rank=2)"].options == {"init": "half", "boundary": "keep", "rank": 2}
+    assert found["scalar(init=half)"].options == {"init": "half", "boundary": "keep"}
+    assert [variant.sources for variant in found.values()] == ["adjacent", "adjacent", None, "adjacent"]
 
 
 def test_a_model_without_chains_can_still_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

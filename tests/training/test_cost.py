@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,40 +12,50 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlsearch import Policy, Replacement, apply_policy, build_model, estimate_cost, find_units
-from rlsearch.errors import ConfigError, SurgeryError
-from rlsearch.replacement import BLOCKS, fits, learnable_params
+from rlsearch import Policy, Replacement, apply_policy, build_model, estimate_cost
+from rlsearch.errors import ConfigError, ModelError, SurgeryError
+from rlsearch.replacement import BLOCKS, learnable_params
 from rlsearch.training.cost import CostModel
+from rlsearch.training.kinds import Kinds
 from rlsearch.training.loop import TrainingSpec, build_optimizer
 
 SHAPE = (3, 16, 16)
 BATCH = 4
 
 
-def random_policy(model: nn.Module, source: random.Random) -> Policy:
-    """Replacements that keep clear of each other: no unit borrows from a replaced one."""
-    units = find_units(model)
-    chosen: dict[str, str] = {}
-    locked: set[str] = set()
-    for unit in source.sample(units, len(units)):
+def random_policy(costs: CostModel, source: random.Random) -> Policy:
+    """Whole units and roles, replaced by any block in any form that fits beside what is replaced already."""
+    policy = Policy()
+    for unit in source.sample(costs.units, min(len(costs.units), 14)):
         block = source.choice(sorted(BLOCKS))
-        sources = set(unit.sources or ()) if BLOCKS[block].needs_sources else set()
-        if (
-            unit.name in locked
-            or sources & chosen.keys()
-            or fits(model, units, unit.name, block)
-            or source.random() < 0.3
-        ):
+        known = BLOCKS[block].options
+        options = {name: value for name, value in random_options(source).items() if name in known}
+        longer = replace(policy, replacements=(*policy.replacements, Replacement(unit.name, block, options)))
+        try:
+            costs.plan(longer)
+        except SurgeryError:
             continue
-        chosen[unit.name] = block
-        locked |= sources
-    return Policy(replacements=tuple(Replacement(unit, block) for unit, block in sorted(chosen.items())))
+        policy = longer
+    return policy
 
 
-def measured(model: nn.Module, optimizer_name: str) -> tuple[int, int, int]:
+def random_options(source: random.Random) -> dict[str, object]:
+    return {
+        "sources": source.choice(["adjacent", "nearest"]),
+        "operator": source.choice(["same", "same", "single"]),
+        "neighbours": source.choice(["attached", "detached"]),
+        "norms": source.choice(["own", "borrowed"]),
+        "boundary": source.choice(["strict", "keep", "one_sided", "project"]),
+        "pair": source.choice(["unit", "tensor"]),
+        "boundary_rank": 1,
+        "rank": 1,
+    }
+
+
+def measured(model: nn.Module, optimizer_name: str, shape: tuple[int, ...] = SHAPE) -> tuple[int, int, int]:
     """Forward FLOPs and step FLOPs of a batch, and the bytes of a training step, all read off a real step."""
     model.train()
-    images = torch.randn(BATCH, *SHAPE)
+    images = torch.randn(BATCH, *shape)
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -52,10 +63,11 @@ def measured(model: nn.Module, optimizer_name: str) -> tuple[int, int, int]:
         return tensor
 
     counter = FlopCounterMode(display=False)
-    with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(images)
-        forward = counter.get_total_flops()
-        loss = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.int64), reduction="sum")
+    with counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(images)
+            forward = counter.get_total_flops()
+            loss = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.int64), reduction="sum")
         loss.backward()
     optimizer = build_optimizer(TrainingSpec(optimizer=optimizer_name), model)
     optimizer.step()
@@ -69,24 +81,208 @@ def measured(model: nn.Module, optimizer_name: str) -> tuple[int, int, int]:
     return forward, counter.get_total_flops(), sum(everything.values())
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("resnet20", "sgd"), ("resnet18", "adamw"), ("resnet50", "sgd")])
-def test_the_sum_over_segments_is_the_whole_step(name: str, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizer", "size", "kwargs"),
+    [
+        ("resnet20", "sgd", 16, {}),
+        ("resnet18", "adamw", 16, {}),
+        ("resnet50", "sgd", 16, {}),
+        ("vgg11", "sgd", 32, {"small_head": True}),
+        ("vit_tiny", "adamw", 16, {"image_size": 16}),
+        ("vit_tiny_patch16_224", "sgd", 16, {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 5}),
+    ],
+)
+def test_the_sum_over_segments_is_the_whole_step(
+    name: str, optimizer: str, size: int, kwargs: dict[str, object]
+) -> None:
     source = random.Random(1)
-    costs = CostModel(build_model(name), SHAPE, BATCH, optimizer)
-    for policy in [Policy(), *(random_policy(build_model(name), source) for _ in range(3))]:
-        model = build_model(name)
-        apply_policy(model, policy)
+    shape = (3, size, size)
+    costs = CostModel(build_model(name, **kwargs), shape, BATCH, optimizer)
+    assert len(costs.segments) > 3
+    for policy in [Policy(), *(random_policy(costs, source) for _ in range(3))]:
+        model = build_model(name, **kwargs)
+        apply_policy(model, policy, units=costs.units)
         cost = costs.cost(policy)
-        forward, step, memory = measured(model, optimizer)
+        forward, step, memory = measured(model, optimizer, shape)
         assert cost.params == learnable_params(model)
-        assert (cost.forward_flops * BATCH, cost.step_flops * BATCH) == (forward, step)
+        assert (cost.forward_flops * BATCH, cost.step_flops * BATCH) == (forward, step), policy.replacements
         # Tensors of a few elements (means of one value, scalars of the loss) may be kept by one path alone.
-        assert cost.memory == pytest.approx(memory, rel=1e-3)
+        assert cost.memory == pytest.approx(memory, rel=1e-3), policy.replacements
 
 
 def test_memory_of_the_untouched_model_is_exact() -> None:
     costs = CostModel(build_model("resnet20"), SHAPE, BATCH)
     assert costs.cost(Policy()).memory == pytest.approx(measured(build_model("resnet20"), "sgd")[2], abs=64)
+
+
+def test_attention_is_counted() -> None:
+    costs = CostModel(build_model("vit_tiny", image_size=16), SHAPE, BATCH)
+    tokens, width, mlp = 17, 192, 768
+    linear = 12 * tokens * width * (4 * width + 2 * mlp) + 16 * 3 * 4 * 4 * width + 10 * width
+    attention = 12 * 2 * tokens * tokens * width
+    cost = costs.cost(Policy())
+    assert cost.forward_flops == 2 * (linear + attention)
+    # The backward pass computes the attention weights again, and needs no gradient of the images.
+    assert cost.step_flops == 2 * (3 * linear - 16 * 3 * 4 * 4 * width + 3.5 * attention)
+
+
+def passes(model: nn.Module, count: int) -> tuple[float, int]:
+    """The mean FLOPs of the model's first training steps, and the bytes of activations that the first one keeps."""
+    images, flops, kept = torch.randn(BATCH, *SHAPE), [], 0
+    model.train()
+    known = {tensor.untyped_storage().data_ptr() for tensor in [images, *model.parameters(), *model.buffers()]}
+    for step in range(count):
+        saved: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = F.cross_entropy(model(images), torch.zeros(BATCH, dtype=torch.int64))
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        if step == 0:
+            kept = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in known)
+    return sum(flops) / count, kept
+
+
+def test_units_that_learn_in_some_passes_cost_their_average() -> None:
+    policy = Policy(
+        replacements=(
+            Replacement("layer1.1.conv1", "scalar", {"update_every": 2}),
+            Replacement("layer1.1.conv2", "channel", {"update_every": 3}),
+            Replacement("layer2.1.conv2", "angle", {"update_every": 3}),
+        )
+    )
+    model = build_model("resnet20")
+    report = apply_policy(model, policy)
+    cost = CostModel(build_model("resnet20"), SHAPE, BATCH).cost(policy)
+    step_flops, kept = passes(model, 6)
+    assert cost.step_flops * BATCH == pytest.approx(step_flops, rel=1e-12)
+    assert cost.params == report.params_after
+    tensors = [*model.parameters(), *model.buffers()]
+    fixed = sum(t.numel() * t.element_size() for t in tensors)
+    learned = 4 * cost.params
+    assert cost.memory == pytest.approx(fixed + 2 * learned + kept + 4 * BATCH * 3 * 16 * 16, abs=64)
+
+
+def test_the_sources_are_those_that_the_whole_policy_leaves() -> None:
+    """Beside layer2.1, layer2.2 borrows from layer2.0, whose first convolution is narrower; alone it would not."""
+    project = Replacement("layer2.2", "project", {"sources": "nearest", "rank": 1})
+    skip = Replacement("layer2.1", "skip")
+    costs = CostModel(build_model("resnet32"), SHAPE, BATCH)
+    found = {}
+    for name, replacements in {"both": (skip, project), "project": (project,), "skip": (skip,), "none": ()}.items():
+        policy = Policy(replacements=replacements)
+        model = build_model("resnet32")
+        apply_policy(model, policy)
+        found[name] = costs.cost(policy)
+        flops = found[name].step_flops * BATCH
+        assert (found[name].params, flops) == (learnable_params(model), passes(model, 1)[0]), name
+    assert [step.sources for step in costs.plan(Policy(replacements=(skip, project)))] == [
+        None,
+        ("layer2.0", "layer2.3"),
+    ]
+    assert found["both"].params - found["skip"].params != found["project"].params - found["none"].params
+
+
+class Entangled(nn.Module):
+    """Three like units that no cut can part, and whose places decide what is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.units[0](images).sigmoid()
+        second = self.units[1](first)
+        return (self.units[2](second) * second + images).mean((2, 3))
+
+
+def test_where_in_its_segment_a_unit_is_counts() -> None:
+    costs = CostModel(Entangled(), SHAPE, BATCH)
+    assert [segment.units for segment in costs.segments if segment.units] == [("units.0", "units.1", "units.2")]
+    found = []
+    for unit in ("units.0", "units.1"):
+        policy, model = Policy(replacements=(Replacement(unit, "skip"),)), Entangled()
+        apply_policy(model, policy)
+        found.append(costs.cost(policy).memory)
+        assert found[-1] == pytest.approx(measured(model, "sgd")[2], abs=64)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("resnet32", {}), ("vit_tiny", {"image_size": 16})])
+def test_what_is_shared_is_what_would_be_measured(
+    name: str, kwargs: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = CostModel(build_model(name, **kwargs), SHAPE, BATCH)
+    monkeypatch.setattr(Kinds, "of_segment", lambda self, module, setting: object())
+    monkeypatch.setattr(
+        Kinds, "of_step", lambda self, step: (step.unit.name, step.block, str(step.options), step.sources)
+    )
+    monkeypatch.setattr(Kinds, "of_measurement", Kinds.of_step)
+    unshared = CostModel(build_model(name, **kwargs), SHAPE, BATCH)
+    monkeypatch.undo()
+    source = random.Random(5)
+    for policy in [Policy(), *(random_policy(shared, source) for _ in range(4))]:
+        assert shared.cost(policy) == unshared.cost(policy), policy.replacements
+    assert len(shared._segment_costs) < 0.7 * len(unshared._segment_costs)
+
+
+def test_blocks_that_weigh_two_weights_are_measured_once() -> None:
+    costs = CostModel(build_model("resnet32"), SHAPE, BATCH)
+    costs.cost(Policy())
+    measured_before = len(costs._segment_costs)
+    found = {
+        block: costs.cost(Policy(replacements=(Replacement(unit, block),)))
+        for unit, block in [
+            ("layer1.1", "scalar"),
+            ("layer1.2", "angle"),
+            ("layer1.3", "coupled"),
+            ("layer1.1", "channel"),
+        ]
+    }
+    assert len(costs._segment_costs) == measured_before + 1
+    assert [cost.params - found["angle"].params for cost in found.values()] == [1, 0, 0, 63]
+
+
+def test_the_model_looked_at_is_put_together_again() -> None:
+    costs = CostModel(build_model("resnet20"), SHAPE, BATCH)
+    modules = [costs._model, *(segment.module for segment in costs.segments)]
+
+    def state() -> list[tuple[str, int]]:
+        return [(name, id(part)) for module in modules for name, part in module.named_modules(remove_duplicate=False)]
+
+    before, baseline = state(), costs.cost(Policy())
+    costs.cost(random_policy(costs, random.Random(3)))
+    costs.cost(Policy(replacements=(Replacement("layer1.1", "skip"), Replacement("layer2.1.conv2", "scalar"))))
+    assert state() == before
+    assert costs.cost(Policy()) == baseline
+    assert all(parameter.grad is None for parameter in costs._model.parameters())
+
+
+class Tied(nn.Module):
+    """Four convolutions; the weight of the second is the last one's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(4)))
+        self.units[3].weight = self.units[1].weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.units(images).mean((2, 3))
+
+
+@pytest.mark.parametrize("unit", ["units.1", "units.2"])
+def test_tied_weights_count_while_one_unit_holds_them(unit: str) -> None:
+    policy = Policy(replacements=(Replacement(unit, "scalar"),))
+    model = Tied()
+    report = apply_policy(model, policy)
+    cost = CostModel(Tied(), SHAPE, BATCH).cost(policy)
+    assert cost.params == report.params_after == learnable_params(model)
+    assert cost.params == {"units.1": 3 * 81 + 2, "units.2": 2 * 81 + 2}[unit]
 
 
 def test_dropped_segments_cost_nothing() -> None:
@@ -145,6 +341,12 @@ def test_precision_changes_what_is_saved() -> None:
     # Activations halve, and a copy of the weights in bf16 is kept; parameters, gradients, optimizer state stay.
     fixed = 3 * 4 * 272_474
     assert half.memory - fixed == pytest.approx((full.memory - fixed) / 2 + 2 * 272_474, rel=0.03)
+
+
+def test_a_model_without_logits_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    with pytest.raises(ModelError, match=r"must give logits \(images, classes\), it gives \(4, 3, 16, 16\)"):
+        CostModel(model, SHAPE, BATCH)
 
 
 @pytest.mark.parametrize(

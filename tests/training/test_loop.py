@@ -43,10 +43,12 @@ def test_only_weights_decay(name: str) -> None:
     mixing = nn.Parameter(torch.ones(1, 1))
     model.register_parameter("mixing", mixing)
     model[1].weight.requires_grad_(False)
-    decayed, plain = build_optimizer(TrainingSpec(optimizer=name, weight_decay=0.3), model, [mixing]).param_groups
+    groups = build_optimizer(TrainingSpec(optimizer=name, weight_decay=0.3), model, [mixing]).param_groups
+    decayed, plain, of_blocks = groups
     assert [id(p) for p in decayed["params"]] == [id(model[0].weight), id(model[3].weight)]
-    assert {id(p) for p in plain["params"]} == {id(p) for p in (model[0].bias, model[1].bias, model[3].bias, mixing)}
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in plain["params"]} == {id(p) for p in (model[0].bias, model[1].bias, model[3].bias)}
+    assert of_blocks["params"] == [mixing]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]
 
 
 def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -85,6 +87,14 @@ def test_the_rates_are_the_optimizers() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
 
 
+def test_what_weighs_the_sources_has_a_rate_of_its_own() -> None:
+    model = nn.Linear(5, 2)
+    model.mixing = nn.Parameter(torch.ones(()))
+    optimizer = build_optimizer(TrainingSpec(mixing_lr=0.1), model, [model.mixing])
+    train_epoch(model, batches(2), optimizer, [0.3, 0.2], label_smoothing=0.0, precision="fp32", device=CPU)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 0.02])
+
+
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     model = nn.Linear(5, 2)
     optimizer = build_optimizer(TrainingSpec(), model)
@@ -101,7 +111,10 @@ def test_ranges_of_the_settings() -> None:
     problems: list[Problem] = []
     content = {"epochs": 0, "batch_size": 0, "lr": 0, "momentum": 1, "weight_decay": -1, "label_smoothing": 1}
     from_mapping(
-        TrainingSpec, content | {"warmup_epochs": -1, "optimizer": "sdg", "precision": "fp8"}, "training", problems
+        TrainingSpec,
+        content | {"warmup_epochs": -1, "mixing_lr": 0, "optimizer": "sdg", "precision": "fp8"},
+        "training",
+        problems,
     )
     assert {problem.key.removeprefix("training.") for problem in problems} == {
         "epochs",
@@ -110,6 +123,7 @@ def test_ranges_of_the_settings() -> None:
         "momentum",
         "weight_decay",
         "label_smoothing",
+        "mixing_lr",
         "warmup_epochs",
         "optimizer",
         "precision",

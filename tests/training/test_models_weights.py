@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor
 
 from rlsearch.errors import ModelError
 from rlsearch.training.models import build_model
+from rlsearch.training.weights import _head_names
 
 
 def safetensors_file(state: dict[str, Tensor], folder: Path) -> Path:
@@ -149,6 +151,49 @@ def test_named_weights_come_from_the_cache_and_never_unasked(tmp_path: Path, mon
     (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"torn")
     with pytest.raises(ModelError, match=r"or read from .*remove the file if it is damaged"):
         build_model("resnet18", weights="DEFAULT")
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "googlenet"])
+def test_named_weights_of_other_models_start_all_but_the_classifier(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file as torchvision has it: with 1000 classes, and with GoogLeNet's auxiliary classifiers."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    aux = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
+    cached = torchvision.models.get_model(name, weights=None, **aux).state_dict()
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(cached, tmp_path / "hub" / "checkpoints" / Path(url).name)
+    model = build_model(name, num_classes=4, weights="IMAGENET1K_V1")
+    differing = {key for key, value in model.state_dict().items() if not torch.equal(value, cached[key])}
+    head = {"mobilenet_v2": "classifier.1", "squeezenet1_1": "classifier.1", "googlenet": "fc"}[name]
+    assert differing <= {f"{head}.weight", f"{head}.bias"}
+    assert f"{head}.weight" in differing
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        *(
+            ("vit_tiny", "heads.head"),
+            ("vit_b_16", "heads.head"),
+            ("convnext_tiny", "classifier.2"),
+            ("swin_t", "head"),
+        ),
+        *(("regnet_y_400mf", "fc"), ("densenet121", "classifier"), ("vgg16", "classifier.6"), ("deit_tiny", "head")),
+    ],
+)
+@pytest.mark.parametrize("num_classes", [10, 768])
+def test_the_classifier_is_told_by_its_width(name: str, head: str, num_classes: int) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes)
+    assert _head_names(model, num_classes) == {f"{head}.weight", f"{head}.bias"}
+
+
+def test_values_that_are_not_finite_are_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    file = safetensors_file(state | {"conv1.weight": torch.full((16, 3, 3, 3), torch.nan)}, tmp_path)
+    with pytest.raises(ModelError, match=r"conv1.weight holds values that are not finite"):
+        build_model("resnet20", weights=str(file))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,34 @@ def test_dropped_layers_stand_still_and_cost_less(digits: ImageData, features: s
         assert metrics.forward_flops == pytest.approx(full.forward_flops * images)
     else:
         assert metrics.forward_flops < 0.9 * full.forward_flops * images
+
+
+def test_a_unit_leaves_with_all_that_its_parts_borrow_from(digits: ImageData) -> None:
+    policy = Policy(
+        replacements=(
+            Replacement("layer1.1.conv1", "scalar", {"sources": "nearest"}),
+            Replacement("layer1.2.conv1", "scalar", {"sources": "nearest"}),
+            Replacement("layer1.1.conv2", "scalar"),
+            Replacement("layer2.2", "skip"),
+        ),
+        learn_drop=drop(max_fraction=1.0),
+    )
+    trial = Trial(replace(spec(policy), model=ModelSpec("resnet32")), data=digits, device="cpu")
+    dropper = trial._dropper
+    assert dropper is not None
+    assert {unit: set(sources) for unit, sources in dropper._sources.items()} == {
+        "layer1.1": {"layer1.0", "layer1.2", "layer1.3"},
+        "layer1.2": {"layer1.0", "layer1.3"},
+        "layer2.2": set(),
+    }
+    # The stem and the first three units have settled; layer1.1 and layer1.2 wait for layer1.3.
+    dropper._measure = lambda: None  # type: ignore[method-assign]
+    dropper._settled_for = [1, 1, 1, 1, *[0] * 12]
+    assert dropper.end_epoch(1)
+    assert dropper.cut == 2
+    dropper._settled_for = [1, 1, 1, 1, 1, *[0] * 11]
+    assert dropper.end_epoch(2)
+    assert (dropper.cut, dropper.dropped_units) == (5, 4)
 
 
 def test_stored_features_are_the_recomputed_ones(digits: ImageData) -> None:

@@ -1,0 +1,75 @@
+"""How many parameters and bytes a model has, and how far a replaced unit changes that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rlsearch.replacement import learnable_params, total_params
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model or a unit, or how far those of two differ.
+
+    Attributes:
+        learnable: parameters that take a gradient, each part of a storage once.
+        total: parameters of the materialised model.
+        learnable_bytes: of the parameters that take a gradient, each storage once.
+        fixed_bytes: of all parameters and buffers, each storage once.
+    """
+
+    learnable: int = 0
+    total: int = 0
+    learnable_bytes: int = 0
+    fixed_bytes: int = 0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Sizes:
+        """The sizes of a model, or of a unit by itself."""
+        return cls(
+            learnable_params(module),
+            total_params(module),
+            _bytes(p for p in module.parameters() if p.requires_grad),
+            _bytes(module.parameters()) + _bytes(module.buffers()),
+        )
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return self._combine(other, 1)
+
+    def __sub__(self, other: Sizes) -> Sizes:
+        return self._combine(other, -1)
+
+    def _combine(self, other: Sizes, sign: int) -> Sizes:
+        return Sizes(*(mine + sign * getattr(other, name) for name, mine in vars(self).items()))
+
+
+class SharedStorage:
+    """Which parts of a model hold tensors that others hold too: their sizes do not add up.
+
+    Args:
+        model: looked at once, as it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders = Counter(_held(model))
+
+    def has(self, part: nn.Module) -> bool:
+        """Whether a tensor of ``part`` is held outside of it too."""
+        return any(self._holders[storage] > count for storage, count in Counter(_held(part)).items())
+
+
+def _held(module: nn.Module) -> Iterator[int]:
+    """The storage of every parameter and buffer, once for each place that holds it."""
+    for _, part in module.named_modules(remove_duplicate=False):
+        for tensor in [*part._parameters.values(), *part._buffers.values()]:
+            if tensor is not None:
+                yield tensor.untyped_storage()._cdata
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors, shared storage once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
