@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "rlsearch.policy/1"
 SCORES = ("param_change",)
-FEATURES = ("recompute", "stored")
+FEATURES = ("recompute", "stored", "auto")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class LearnDrop:
         interval: epochs between two measurements (>= 1).
         warmup: the share of the run in which nothing is dropped, in [0, 1].
         max_fraction: the greatest share of the layers (stem and units) that may be dropped, in [0, 1].
-        features: ``recompute`` runs the dropped prefix without gradient; ``stored`` keeps its outputs instead.
+        features: ``recompute`` runs the dropped prefix without gradient; ``stored`` keeps its outputs of a few fixed
+            views instead, wherever they fit; ``auto`` does so where that pays off, by times measured in the training.
     """
 
     score: str = "param_change"

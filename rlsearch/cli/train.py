@@ -47,7 +47,7 @@ def train(
 
     chosen = Policy.load(policy)
     spec = _spec(chosen, named_model(chosen, model, str(policy)), data, epochs, seed, settings or [])
-    trial = Trial(spec, device=device)
+    trial = Trial(spec, device=device, scratch=out)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, history_file = out / "checkpoint.pt", out / "metrics.json"
     history: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ for the device: a run that moves to another device, or resumes, sees the same ba
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from rlsearch.errors import DataError
 from rlsearch.training.data import ImageData, ImageSplit
 
 # What a random stream is for; each purpose has its own, so that none repeats another.
-_ORDER, _AUGMENTATION = 0, 1
+_ORDER, _AUGMENTATION, _VIEWS = 0, 1, 2
 
 
 class DeviceData:
@@ -71,10 +72,11 @@ class DeviceData:
 
         A last batch of one image is left out: batch norm cannot train on it.
         """
-        order = torch.randperm(self.num_train, generator=_generator(seed, epoch, _ORDER))
-        on_device = order.to(self.device, non_blocking=True)
-        for batch in range(self.num_batches(batch_size)):
-            yield on_device[batch * batch_size : (batch + 1) * batch_size]
+        return self._parts(self._order(epoch, seed).to(self.device, non_blocking=True), batch_size)
+
+    def host_order(self, batch_size: int, epoch: int, seed: int) -> Iterator[Tensor]:
+        """The same as `epoch_order`, in host memory."""
+        return self._parts(self._order(epoch, seed), batch_size)
 
     def train_batches(self, batch_size: int, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The augmented training images of an epoch; everything random depends on ``seed`` and ``epoch`` alone.
@@ -99,18 +101,35 @@ class DeviceData:
                 images = torch.where(mirrored[part, None, None, None], images.flip(3), images)
             yield self._normalised(images), self.labels[indices], indices
 
-    def view(self, indices: Tensor, flipped: bool = False) -> Tensor:
+    def view(self, indices: Tensor, flipped: bool = False, offsets: Tensor | None = None) -> Tensor:
         """Training images without any randomness, as for a cache of features.
 
         Args:
             indices: (B,) positions in the training set.
             flipped: whether all of them are mirrored.
+            offsets: of all training images, as `view_offsets` gives them; None: nothing is cropped.
 
         Returns:
             (B, 3, H, W) float32 channels_last, normalised.
         """
         images = self._images.index_select(0, indices)
+        if offsets is not None:
+            images = _padded_crop(images, self.crop, offsets[:, indices])
         return self._normalised(images.flip(3) if flipped else images)
+
+    def view_offsets(self, view: int, seed: int) -> Tensor | None:
+        """Where each training image is cropped in one fixed view, (2, num_train); None in the plain first view."""
+        if view == 0 or self.crop == 0:
+            return None
+        return _offsets(self.num_train, self.crop, _generator(seed, view, _VIEWS)).to(self.device)
+
+    def fingerprint(self) -> str:
+        """Tells sets of training images apart: of the labels, and of some hundred images over the whole set."""
+        some = torch.linspace(0, self.num_train - 1, min(self.num_train, 512), device=self.device).long()
+        described = hashlib.sha256(repr((self._images.shape, self.flip, self.crop)).encode())
+        for tensor in (self.labels, self._images.index_select(0, some), self._scale, self._shift):
+            described.update(tensor.cpu().contiguous().numpy().tobytes())
+        return described.hexdigest()[:16]
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The validation images in their own order: images (B, 3, H, W) as in `train_batches`, labels (B,)."""
@@ -129,6 +148,13 @@ class DeviceData:
                 f"images of shape {expected}; set data.image_size to bring all to one size"
             )
         return self._plain_batches(*self._send(split), batch_size)
+
+    def _order(self, epoch: int, seed: int) -> Tensor:
+        return torch.randperm(self.num_train, generator=_generator(seed, epoch, _ORDER))
+
+    def _parts(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        for batch in range(self.num_batches(batch_size)):
+            yield order[batch * batch_size : (batch + 1) * batch_size]
 
     def _plain_batches(self, images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(labels), batch_size):
@@ -155,11 +181,24 @@ def shifted(features: Tensor, cells: int, generator: torch.Generator) -> Tensor:
         cells: the greatest shift, >= 1.
         generator: a stream of the host, as `DeviceData.generator` gives it.
     """
-    offsets = _offsets(len(features), cells, generator).to(features.device, non_blocking=True)
-    moved = _padded_crop(features, cells, offsets)
-    if features.is_contiguous(memory_format=torch.channels_last):
-        return moved.contiguous(memory_format=torch.channels_last)
-    return moved
+    count, channels, height, width = features.shape
+    offsets = (_offsets(count, cells, generator) - cells).to(features.device, non_blocking=True)
+    rows, rows_inside = _moved_axis(offsets[0], height)
+    columns, columns_inside = _moved_axis(offsets[1], width)
+    # With the channels last a cell is one run of memory, so that this one gather is all the copying there is.
+    image = torch.arange(count, device=features.device)[:, None, None]
+    cell = (image * height + rows[:, :, None]) * width + columns[:, None, :]
+    cells_of_all = features.permute(0, 2, 3, 1).reshape(-1, channels)
+    inside = (rows_inside[:, :, None] & columns_inside[:, None, :]).view(-1, 1)
+    moved = cells_of_all.index_select(0, cell.flatten()).mul_(inside)
+    moved = moved.view(count, height, width, channels).permute(0, 3, 1, 2)
+    return moved if features.is_contiguous(memory_format=torch.channels_last) else moved.contiguous()
+
+
+def _moved_axis(offsets: Tensor, extent: int) -> tuple[Tensor, Tensor]:
+    """For every image (B,) and position of one axis, where it is read from and whether that is inside: (B, extent)."""
+    source = torch.arange(extent, device=offsets.device) + offsets[:, None]
+    return source.clamp(0, extent - 1), (source >= 0) & (source < extent)
 
 
 def _padded_crop(images: Tensor, padding: int, offsets: Tensor) -> Tensor:

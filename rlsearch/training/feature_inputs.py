@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlsearch.learn_drop import Dropper, FeatureCache
-from rlsearch.learn_drop.features import available_bytes, num_bytes
-from rlsearch.training.device_data import DeviceData, shifted
-from rlsearch.training.loop import autocast
+from rlsearch.learn_drop.feature_store import (
+    Key,
+    Places,
+    available_bytes,
+    available_disk_bytes,
+    first_line,
+    is_shortage,
+)
+from rlsearch.learn_drop.features import FeatureForm
+from rlsearch.learn_drop.payoff import pays_off
+from rlsearch.training.device_data import DeviceData
+from rlsearch.training.feature_building import FeatureBuilder, cropped
+from rlsearch.training.feature_views import Views
 
 _LOG = logging.getLogger(__name__)
 
-# Memory that a cache leaves free: the training itself still needs some.
-_MEMORY_SHARE = 0.5
+# Of what is free, in memory and on disk, the part that a cache may take: the training itself still needs some.
+_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,8 @@ class CacheWork:
 class TrainingInputs:
     """Batches for the part of the network that still learns.
 
-    Features are stored for two views an image where the data are flipped (plain and mirrored, in turn by epoch), else
-    for one; the padded crop is made on the stored features, by whole cells (METHODS: reconstruction).
+    `Views` says which views are stored. Where they do not fit, or memory or disk run out while they are made, a warning
+    is logged and training goes on from the images, as with ``recompute``; the next cut tries again.
 
     Args:
         data: the images on the device.
@@ -42,10 +55,21 @@ class TrainingInputs:
         batch_size: images a step.
         seed: of order and augmentation.
         precision: ``fp32`` or ``bf16``.
+        scratch: a folder for features that fit into no memory; None: they are not written to files.
+        run: names this training among those that use ``scratch``; the same after a resume.
     """
 
     def __init__(
-        self, data: DeviceData, model: nn.Module, dropper: Dropper | None, batch_size: int, seed: int, precision: str
+        self,
+        data: DeviceData,
+        model: nn.Module,
+        dropper: Dropper | None,
+        batch_size: int,
+        seed: int,
+        precision: str,
+        *,
+        scratch: Path | None = None,
+        run: str = "",
     ) -> None:
         self._data = data
         self._model = model
@@ -53,9 +77,13 @@ class TrainingInputs:
         self._batch_size = batch_size
         self._seed = seed
         self._precision = precision
+        self._scratch = scratch
+        self._run_name = hashlib.sha256(run.encode()).hexdigest()[:16]
+        self._features = "recompute" if dropper is None else dropper.settings.features
         self._cache: FeatureCache | None = None
-        self._cached_cut = 0
-        self._wants_cache = dropper is not None and dropper.settings.features == "stored"
+        self._views = Views(1, 0, cropped=False)
+        self._cut = 0  # the cut that the cache, or the decision against one, is for
+        self._was_stored_at: int | None = None  # as read from a checkpoint, until the cache is there again
 
     @property
     def num_steps(self) -> int:
@@ -64,21 +92,33 @@ class TrainingInputs:
 
     @property
     def stored(self) -> bool:
-        """Whether the dropped prefix is read from memory rather than run."""
+        """Whether the dropped prefix is read from where it is stored rather than run."""
         return self._cache is not None
+
+    @property
+    def cache(self) -> FeatureCache | None:
+        """The stored features, where they are stored."""
+        return self._cache
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the device's memory that stored features take."""
+        return self._cache.store.num_bytes if self._cache and self._cache.store.tier == "device" else 0
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels of every step of an epoch; the images' order depends on seed and epoch alone."""
-        if self._cache is None:
+        cache = self._cache
+        if cache is None:
             for images, labels, _ in self._data.train_batches(self._batch_size, epoch, self._seed):
                 yield images, labels
             return
-        cells = self._crop_cells(self._cache)
         generator = self._data.generator(self._seed, epoch)
-        for indices in self._data.epoch_order(self._batch_size, epoch, self._seed):
-            views = (indices + epoch) % self._cache.num_views
-            features = self._cache.batch(indices, views)
-            yield shifted(features, cells, generator) if cells else features, self._data.labels[indices]
+        # Rows are looked up where the features lie.
+        order = self._data.epoch_order if cache.store.tier == "device" else self._data.host_order
+        arguments = self._batch_size, epoch, self._seed
+        positions = ((indices, (indices + epoch) % self._views.number) for indices in order(*arguments))
+        for indices, features in zip(self._data.epoch_order(*arguments), cache.batches(positions), strict=True):
+            yield cropped(features, self._views, generator), self._data.labels[indices]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What `batches` yields, to logits."""
@@ -87,55 +127,108 @@ class TrainingInputs:
             return logits
         return self._dropper.suffix(inputs) if self.stored else self._dropper.forward(inputs)
 
-    def follow_cut(self) -> CacheWork | None:
-        """Builds the cache, or moves it to where the cut is now; falls back to running the prefix if memory is short.
+    def follow_cut(self, remaining_epochs: int | None = None) -> CacheWork | None:
+        """Builds the cache, or moves it to where the cut is now, if that is wanted.
+
+        Args:
+            remaining_epochs: of the whole training, for ``auto``; None: unknown, and ``auto`` stores what fits.
 
         Returns:
-            the forward passes that it took, or None where nothing was to be done.
+            the forward passes that it took (not those few that ``auto`` measures), or None where none were made.
         """
-        if self._dropper is None or not self._wants_cache or self._dropper.cut == self._cached_cut:
+        dropper = self._dropper
+        if dropper is None or self._features == "recompute" or dropper.cut == self._cut:
             return None
-        start, end = self._cached_cut, self._dropper.cut
-        sample = self._run(self._data.view(torch.zeros(1, dtype=torch.int64, device=self._data.device)), 0)
-        num_views = 2 if self._data.flip else 1
-        needed = num_bytes(self._data.num_train, num_views, tuple(sample.shape[1:]), sample.dtype)
-        free = available_bytes(self._data.device)
-        if needed > _MEMORY_SHARE * free:
-            _LOG.warning(
-                "stored features need %.2f GB and %.2f GB are free: the dropped prefix runs at every step instead",
-                needed / 1e9,
-                free / 1e9,
-            )
-            self._cache, self._wants_cache = None, False
-            return None
-        if self._cache is None:
+        start = self._cut if self._cache is not None else 0
+        self._cut = dropper.cut
+        builder = FeatureBuilder(self._data, self._model, dropper, self._batch_size, self._seed, self._precision)
+        was_stored = self._was_stored_at == self._cut
+        self._was_stored_at = None
+        try:
+            return self._follow(builder, start, None if was_stored else remaining_epochs)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            reason = first_line(error)
+        self._recompute(f"stored features could not be made ({reason})")
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cut, and whether the features at it are stored: a resume must not decide again from times of its own."""
+        waiting = self._was_stored_at
+        return {"cut": self._cut if waiting is None else waiting, "stored": self.stored or waiting is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the decision back; the next `follow_cut` fills the cache again."""
+        self._cut = 0 if state["stored"] else state["cut"]
+        self._was_stored_at = state["cut"] if state["stored"] else None
+
+    def close(self) -> None:
+        """Gives the memory and the file of stored features back; `batches` gives images from then on."""
+        if self._cache is not None:
+            self._cache.close()
+        self._cache = None
+
+    def _follow(self, builder: FeatureBuilder, start: int, remaining_epochs: int | None) -> CacheWork | None:
+        """The cache at the new cut; where there is to be none, none is left."""
+        form, views = builder.form()
+        if (views.number, views.cropped) != (self._views.number, self._views.cropped):
+            # Other views than those that were stored (the cut left the feature maps) are made from the images.
+            self.close()
             start = 0
-            self._cache = self._built(tuple(sample.shape[1:]), num_views, sample.dtype)
+        self._views = views
+        places = self._places()
+        key = builder.key(form, views, places)
+        if self._cache is None and self._take_found(form, places, key):
+            return None
+        tier = self._tier(form, places)
+        if tier is None:
+            room = ", ".join(f"{bytes_ / 1e9:.2f} GB ({name})" for name, bytes_ in places.room.items())
+            self._recompute(f"stored features need {form.num_bytes / 1e9:.2f} GB, and there is room for {room}")
+            return None
+        if self._features == "auto" and remaining_epochs is not None:
+            times = builder.times(self._cache, form, views, start, places, tier)
+            pays = pays_off(times, remaining_epochs)
+            verb = "stores" if pays else "recomputes"
+            _LOG.info("features: auto %s them, %d epochs left: %s", verb, remaining_epochs, times)
+            if not pays:
+                self.close()
+                return None
+        old, self._cache = self._cache, None
+        if old is None:
+            self._cache = builder.built(form, views, places, key)
         else:
-            self._cache = self._cache.advanced(
-                lambda features: self._run(features, start), tuple(sample.shape[1:]), self._batch_size
-            )
-        self._cached_cut = end
-        return CacheWork(self._data.num_train * num_views, start, end)
+            self._cache = builder.moved(old, form, start, places, key)
+        if self._cache is None:
+            self._recompute(f"stored features found no room ({'; '.join(places.refused)})")
+            return None
+        return CacheWork(form.num_images * form.num_views, start, self._cut)
 
-    def _built(self, shape: tuple[int, ...], num_views: int, dtype: torch.dtype) -> FeatureCache:
-        cache = FeatureCache(self._data.num_train, num_views, shape, dtype, self._data.device)
-        for view in range(num_views):
-            for start in range(0, self._data.num_train, self._batch_size):
-                end = min(start + self._batch_size, self._data.num_train)
-                indices = torch.arange(start, end, device=self._data.device)
-                cache.write(view, start, self._run(self._data.view(indices, flipped=view == 1), 0))
-        return cache
+    def _tier(self, form: FeatureForm, places: Places) -> str | None:
+        """Where the cache would lie."""
+        tier = places.tier_of(form.num_bytes)
+        if tier is None and self._cache is not None and form.num_bytes <= self._cache.form.num_bytes:
+            return self._cache.store.tier
+        return tier
 
-    def _run(self, inputs: Tensor, start: int) -> Tensor:
-        """The dropped prefix from segment ``start`` on, as a training step would run it."""
-        assert self._dropper is not None  # only called once there is a cut
-        self._dropper.train_mode()
-        with autocast(self._precision, self._data.device):
-            return self._dropper.prefix(inputs, start)
+    def _take_found(self, form: FeatureForm, places: Places, key: Key) -> bool:
+        """Whether the file that this run's interrupted process left could be taken; memory is better, where it fits."""
+        if places.tier_of(form.num_bytes) not in (None, "file"):
+            return False
+        store = places.found(form.num_bytes, key)
+        if store is not None:
+            self._cache = FeatureCache(form, store, self._data.device)
+        return store is not None
 
-    def _crop_cells(self, cache: FeatureCache) -> int:
-        """The padded crop in cells of the feature map: as many pixels as a cell covers make one."""
-        if len(cache.feature_shape) != 3:
-            return 0
-        return round(self._data.crop * cache.feature_shape[-1] / self._data.input_shape[-1])
+    def _recompute(self, why: str) -> None:
+        self.close()
+        _LOG.warning("%s: the dropped prefix runs at every step instead", why)
+
+    def _places(self) -> Places:
+        device = self._data.device
+        room = {"device": int(_SHARE * available_bytes(device))}
+        if device.type == "cuda":
+            room["pinned"] = int(_SHARE * available_bytes(torch.device("cpu")))
+        if self._scratch is not None:
+            room["file"] = int(_SHARE * available_disk_bytes(self._scratch))
+        return Places(device, room, self._scratch, self._run_name)

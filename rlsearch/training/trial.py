@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +79,12 @@ class TrialSpec:
 
 
 def run_trial(
-    spec: TrialSpec, *, data: ImageData | None = None, device: str | None = None, checkpoint: Path | None = None
+    spec: TrialSpec,
+    *,
+    data: ImageData | None = None,
+    device: str | None = None,
+    scratch: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> Iterator[EpochMetrics]:
     """Trains a policy and yields the metrics of every epoch.
 
@@ -86,6 +92,8 @@ def run_trial(
         spec: what to train.
         data: the decoded images, where they are at hand; else ``spec.data`` is loaded.
         device: as torch names it; by default CUDA where there is one, else the CPU.
+        scratch: a folder for stored features that fit into no memory, removed again; by default the machine's own for
+            temporary files.
         checkpoint: a file that the state is written to after every epoch, and continued from where it exists.
 
     Raises:
@@ -93,7 +101,7 @@ def run_trial(
         DivergedError: a loss is no longer finite.
         OutOfMemoryError: the device has too little memory.
     """
-    trial = Trial(spec, data=data, device=device)
+    trial = Trial(spec, data=data, device=device, scratch=scratch)
     if checkpoint is not None and checkpoint.exists():
         trial.load_state_dict(load_checkpoint(checkpoint))
     while not trial.done:
@@ -120,7 +128,14 @@ class Trial:
     The arguments and errors are those of `run_trial`.
     """
 
-    def __init__(self, spec: TrialSpec, *, data: ImageData | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        *,
+        data: ImageData | None = None,
+        device: str | None = None,
+        scratch: Path | None = None,
+    ) -> None:
         self.spec = spec
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.epochs_done = 0
@@ -144,7 +159,14 @@ class Trial:
             self._optimizer = build_optimizer(training, self.model, mixing_parameters(self.model))
             self._dropper = self._build_dropper(report)
             self._inputs = TrainingInputs(
-                self._data, self.model, self._dropper, training.batch_size, spec.seed, self._precision
+                self._data,
+                self.model,
+                self._dropper,
+                training.batch_size,
+                spec.seed,
+                self._precision,
+                scratch=scratch or Path(tempfile.gettempdir()),
+                run=json.dumps(spec.to_dict(), sort_keys=True),
             )
         self._cost = self._costs.cost(spec.policy)
         self._sums = _Sums()
@@ -169,6 +191,8 @@ class Trial:
                 precision=self._precision,
                 device=self.device,
             )
+        if self.done:
+            self._inputs.close()
         if not math.isfinite(validation.loss):
             raise DivergedError(f"the validation loss became {validation.loss} in epoch {self.epochs_done}")
         return EpochMetrics(
@@ -199,6 +223,7 @@ class Trial:
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "dropper": self._dropper.state_dict() if self._dropper else None,
+            "inputs": self._inputs.state_dict(),
             "sums": asdict(self._sums),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -218,6 +243,7 @@ class Trial:
         if self._dropper:
             # The cut comes first: the optimizer's state is of what was still learning.
             self._dropper.load_state_dict(state["dropper"])
+        self._inputs.load_state_dict(state["inputs"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._sums = _Sums(**state["sums"])
         self.epochs_done = state["epochs_done"]
@@ -230,7 +256,7 @@ class Trial:
         epoch = self.epochs_done
         training = self.spec.training
         # After a resume the cache is filled again; that was paid for before the interruption, and is not counted twice.
-        self._inputs.follow_cut()
+        self._inputs.follow_cut(training.epochs - epoch)
         rates = self._rates(epoch)
         forward_flops, step_flops = self._image_flops()
         started = self._now()
@@ -253,7 +279,7 @@ class Trial:
         self._sums.num_images += result.num_images
         self._spend(forward_flops * result.num_images, step_flops * result.num_images)
         if self._dropper and self._dropper.end_epoch(self.epochs_done):
-            work = self._inputs.follow_cut()
+            work = self._inputs.follow_cut(training.epochs - self.epochs_done)
             if work is not None:
                 spent = work.num_images * self._costs.forward_flops(self.spec.policy, work.start, work.end)
                 self._spend(spent, spent)

@@ -204,10 +204,39 @@ def test_stored_features_give_way_when_memory_is_short(
     digits: ImageData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(feature_inputs, "available_disk_bytes", lambda folder: 1000)
     short = list(run_trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu"))
     assert "stored features need" in caplog.text
     recomputed = list(run_trial(spec(Policy(learn_drop=drop("recompute"))), data=digits, device="cpu"))
     assert [item.accuracy for item in short] == [item.accuracy for item in recomputed]
+
+
+def test_features_that_fit_no_memory_are_stored_in_a_file_for_as_long_as_they_are_used(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    in_memory = list(run_trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu"))
+    monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 1000)
+    trial = Trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu", scratch=tmp_path)
+    files: list[int] = []
+    accuracies = []
+    while not trial.done:
+        accuracies.append(trial.run_epoch().accuracy)
+        files.append(len(list(tmp_path.rglob("*"))))
+    assert max(files) > 0
+    assert files[-1] == 0
+    assert accuracies == [item.accuracy for item in in_memory]
+
+
+def test_auto_decides_once_and_a_resume_keeps_to_it(digits: ImageData, tmp_path: Path) -> None:
+    first = Trial(spec(Policy(learn_drop=drop("auto"))), data=digits, device="cpu")
+    while first.state_dict()["dropper"]["cut"] == 0:
+        first.run_epoch()
+    save_checkpoint(tmp_path / "last.pt", first.state_dict())
+    resumed = Trial(spec(Policy(learn_drop=drop("auto"))), data=digits, device="cpu")
+    resumed.load_state_dict(load_checkpoint(tmp_path / "last.pt"))
+    assert resumed.state_dict()["inputs"] == first.state_dict()["inputs"]
+    while not first.done:
+        assert first.run_epoch().accuracy == resumed.run_epoch().accuracy
 
 
 def test_a_checkpoint_of_another_training_is_refused(digits: ImageData) -> None:
