@@ -48,6 +48,12 @@ def carries_parameters(module: nn.Module) -> bool:
     return not isinstance(module, NORMS) and next(module.parameters(), None) is not None
 
 
+def num_layers(module: nn.Module) -> int:
+    """Layers with parameters of their own, norms left out."""
+    own = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
+    return sum(not isinstance(part, NORMS) for part in own)
+
+
 def _alike(
     model: nn.Module, parents: Mapping[str, str], calls: Mapping[str, Call]
 ) -> dict[tuple[str, type[nn.Module]], list[str]]:
@@ -112,13 +118,7 @@ def _is_opened(name: str, module: nn.Module, calls: Mapping[str, Call]) -> bool:
     elements = [element for _, run in _chains(name, module, calls) for element in run]
     if type(module) in CONTAINERS:
         return bool(elements)
-    return any(_num_layers(module.get_submodule(element[len(name) + 1 :])) > 1 for element in elements)
-
-
-def _num_layers(module: nn.Module) -> int:
-    """Layers with parameters of their own, norms left out."""
-    own = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
-    return sum(not isinstance(part, NORMS) for part in own)
+    return any(num_layers(module.get_submodule(element[len(name) + 1 :])) > 1 for element in elements)
 
 
 def _join(name: str, child: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlsearch.model_graph import fake_copy
+from rlsearch.replacement.chains import num_layers
 from rlsearch.replacement.signature import module_signature
 from rlsearch.replacement.units import NORMS, Unit
 
@@ -84,7 +85,7 @@ class SingleUnit(nn.Module):
 
 def single_candidates(module: nn.Module, unit: Unit) -> list[SingleParts] | str:
     """What may be left of a unit under ``single``, the best first, or what stands against it."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if num_layers(module) < 2:
         return "it is a single layer already; use operator: same"
     if unit.input_shape is None or unit.output_shape is None:
         return "its input or its output is not a single tensor, so that one layer cannot stand in for it"

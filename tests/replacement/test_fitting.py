@@ -234,3 +234,19 @@ def test_tied_tensors_are_not_untied() -> None:
     reason = fits(model, units, "1", "scalar")
     assert reason is not None
     assert "first.weight is tied to another tensor" in reason
+
+
+def test_a_layer_with_its_norm_and_activation_is_a_single_one_already() -> None:
+    def element() -> nn.Module:
+        return Element(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+
+    model = nn.Sequential(element(), element(), element())
+    units = find_units(model, torch.empty(2, 4, 8, 8, device="meta"))
+    assert fits(model, units, "1", "scalar") is None
+    reason = fits(model, units, "1", "scalar", {"operator": "single"})
+    assert reason is not None
+    assert "it is a single layer already; use operator: same" in reason
+
+
+class Element(nn.Sequential):
+    """An element of its own class, as torchvision's convolutions with norm and activation."""
