@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from rlsearch._version import __version__
+from rlsearch.cli.ctrl_c import EXIT_CODE, handle_ctrl_c
 from rlsearch.cli.doctor import doctor
 from rlsearch.cli.export import export
 from rlsearch.cli.pareto import pareto
@@ -51,6 +52,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line; a user's mistake ends with one message and 2, a failed run with 1."""
+    handle_ctrl_c()
     # A user's own `package.module:factory` lies where the command was typed.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -62,7 +64,7 @@ def main() -> None:
         _leave(error, 1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(EXIT_CODE)
 
 
 def _leave(error: RlsearchError, code: int) -> None:
