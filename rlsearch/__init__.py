@@ -13,6 +13,7 @@ from rlsearch.errors import RlsearchError, UserError
 from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
 
 if TYPE_CHECKING:
+    from rlsearch.learn_drop import Dropper
     from rlsearch.replacement import Unit, apply_policy, find_units, materialize
     from rlsearch.results.pareto import hypervolume, pareto_front
     from rlsearch.training.cost import Cost, estimate_cost
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rlsearch.training.trial import TrialSpec, run_trial
 
 _LAZY = {
+    "Dropper": "rlsearch.learn_drop",
     "Unit": "rlsearch.replacement",
     "apply_policy": "rlsearch.replacement",
     "find_units": "rlsearch.replacement",
@@ -42,6 +44,7 @@ _LAZY = {
 __all__ = [
     "Cost",
     "DataSpec",
+    "Dropper",
     "EpochMetrics",
     "LearnDrop",
     "ModelSpec",

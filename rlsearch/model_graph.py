@@ -182,31 +182,71 @@ def _trace(model: nn.Module, unit_names: Sequence[str]) -> fx.Graph:
     return graph
 
 
+def why_not_cut(model: nn.Module, unit_names: Sequence[str]) -> str:
+    """In words, why the forward pass cannot be cut after the first unit: what else is still needed there.
+
+    Raises:
+        ModelError: as `split`.
+    """
+    unit_names = list(dict.fromkeys(outermost(unit_names).values()))
+    graph = _trace(model, unit_names)
+    flow = _Flow(graph)
+    units = [node for node in graph.nodes if node.op == "call_module" and node.target in set(unit_names)]
+    for node in units[:1]:
+        others = [other for other in flow.alive_after(node) if other is not node]
+        if others:
+            needed, user = others[0], max(others[0].users, key=flow.position.__getitem__)
+            return f"behind {node.target} the value of {_said(needed)} is still needed, by {_said(user)}"
+        if flow.alive_after(node) == [node]:
+            return f"{node.target} ends it, and nothing behind it would go on learning"
+    return f"its own forward calls none of its units, so that it cannot be cut at their ends ({', '.join(unit_names)})"
+
+
+def _said(node: fx.Node) -> str:
+    """A value in words: the module that gives it, or the operation and what that is given, as ``cat(stem, body.0)``."""
+    if node.op == "output":
+        return "the model's output"
+    if node.op == "placeholder":
+        return f"the input {node.target}"
+    if node.op not in ("call_function", "call_method"):
+        return str(node.target)
+    operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+    given = [str(other.target) if other.op == "call_module" else other.name for other in node.all_input_nodes]
+    return f"{operation}({', '.join(given)})"
+
+
+class _Flow:
+    """Which values are alive where in a traced forward pass."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._nodes = list(graph.nodes)
+        self.position = {node: index for index, node in enumerate(self._nodes)}
+        self._last_use = {
+            node: max((self.position[user] for user in node.users), default=self.position[node]) for node in self._nodes
+        }
+
+    def alive_after(self, node: fx.Node) -> list[fx.Node]:
+        """The values computed up to ``node`` that are used behind it, parameters and constants left out."""
+        index = self.position[node]
+        return [other for other in self._nodes[: index + 1] if self._last_use[other] > index and other.op != "get_attr"]
+
+
 def _boundaries(graph: fx.Graph, unit_names: Sequence[str]) -> list[fx.Node]:
     """The nodes after which the forward pass can be cut: where one value alone is alive.
 
     After the stem (if it has work to do) and after each unit.
     """
     names = set(unit_names)
-    nodes = list(graph.nodes)
-    position = {node: index for index, node in enumerate(nodes)}
-    last_use = {node: max((position[user] for user in node.users), default=position[node]) for node in nodes}
-
-    def alive_after(index: int) -> list[fx.Node]:
-        computed = nodes[: index + 1]
-        return [node for node in computed if last_use[node] > index and node.op != "get_attr"]
-
+    flow = _Flow(graph)
     found = []
-    units = [node for node in nodes if node.op == "call_module" and node.target in names]
+    units = [node for node in graph.nodes if node.op == "call_module" and node.target in names]
     if units:
         # The stem ends where the first unit's input is made.
         source = units[0].args[0]
-        if isinstance(source, fx.Node) and source.op != "placeholder":
-            alive = alive_after(position[source])
-            if alive == [source]:
-                found.append(source)
-    found += [node for node in units if alive_after(position[node]) == [node]]
-    output = next(node for node in nodes if node.op == "output")
+        if isinstance(source, fx.Node) and source.op != "placeholder" and flow.alive_after(source) == [source]:
+            found.append(source)
+    found += [node for node in units if flow.alive_after(node) == [node]]
+    output = next(node for node in graph.nodes if node.op == "output")
     return [node for node in found if node is not output.args[0]]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMA = "rlsearch.policy/1"
-SCORES = ("param_change",)
+SCORES = ("param_change", "param_change_per_lr", "grad_change", "schedule")
 FEATURES = ("recompute", "stored", "auto")
 
 
@@ -72,8 +71,12 @@ class LearnDrop:
     """When units that have stopped learning leave training.
 
     Attributes:
-        score: how learning is measured; ``param_change`` is the relative change of a unit's parameters.
-        threshold: a unit counts as settled while its smoothed score is below this (> 0).
+        score: how learning is measured: ``param_change``, the relative change of a unit's parameters in an interval;
+            ``param_change_per_lr``, the same at the greatest learning rate so far; ``grad_change``, the relative change
+            of the norm of its summed gradients; ``schedule`` measures nothing (the control): after the warm-up the
+            layers leave evenly, and ``threshold`` and ``patience`` play no part.
+        threshold: a unit counts as settled while its smoothed score is below this share of the greatest that it has
+            had, in (0, 1].
         patience: for how many intervals in a row it must be settled (>= 1).
         interval: epochs between two measurements (>= 1).
         warmup: the share of the run in which nothing is dropped, in [0, 1].
@@ -83,32 +86,31 @@ class LearnDrop:
     """
 
     score: str = "param_change"
-    threshold: float = 0.01
+    threshold: float = 0.65
     patience: int = 2
     interval: int = 1
-    warmup: float = 0.2
-    max_fraction: float = 0.8
-    features: str = "recompute"
+    warmup: float = 0.3
+    max_fraction: float = 0.9
+    features: str = "auto"
 
     def problems(self, key: str = "learn_drop") -> list[Problem]:
-        """What is out of range, each with its key."""
-        found = []
-        if self.score not in SCORES:
-            found.append(Problem(f"{key}.score", f"unknown score {self.score!r}{suggestion(self.score, SCORES)}"))
-        if self.features not in FEATURES:
-            found.append(
-                Problem(f"{key}.features", f"unknown value {self.features!r}{suggestion(self.features, FEATURES)}")
-            )
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
-            found.append(Problem(f"{key}.threshold", f"must be a finite number above 0, got {self.threshold}"))
+        """What is of the wrong type or out of range, each with its key."""
+        found: list[Problem] = []
+        for name, word, known in (("score", "score", SCORES), ("features", "value", FEATURES)):
+            value = typed(getattr(self, name), str, f"{key}.{name}", found)
+            if value is not None and value not in known:
+                found.append(Problem(f"{key}.{name}", f"unknown {word} {value!r}{suggestion(value, known)}"))
+        threshold = typed(self.threshold, float, f"{key}.threshold", found)
+        if threshold is not None and not 0 < threshold <= 1:
+            found.append(Problem(f"{key}.threshold", f"must be above 0 and at most 1, got {threshold}"))
         for name in ("patience", "interval"):
-            if getattr(self, name) < 1:
-                found.append(
-                    Problem(f"{key}.{name}", f"must be a whole number of at least 1, got {getattr(self, name)}")
-                )
+            count = typed(getattr(self, name), int, f"{key}.{name}", found)
+            if count is not None and count < 1:
+                found.append(Problem(f"{key}.{name}", f"must be a whole number of at least 1, got {count}"))
         for name in ("warmup", "max_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(Problem(f"{key}.{name}", f"must be in [0, 1], got {getattr(self, name)}"))
+            share = typed(getattr(self, name), float, f"{key}.{name}", found)
+            if share is not None and not 0 <= share <= 1:
+                found.append(Problem(f"{key}.{name}", f"must be in [0, 1], got {share}"))
         return found
 
 

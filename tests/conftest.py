@@ -25,7 +25,7 @@ SPACE = {
     "constraints": {"params": "<= 1.0x"},
     "space": {
         "replacement": {"units": "layer*", "blocks": ["skip", "scalar", "channel"], "max_fraction": 0.5},
-        "learn_drop": {"threshold": {"low": 1.0e-3, "high": 1.0e-1, "log": True}, "patience": {"low": 1, "high": 3}},
+        "learn_drop": {"threshold": {"low": 0.1, "high": 0.9, "log": True}, "patience": {"low": 1, "high": 3}},
     },
     "search": {"trials": 24, "seed": 0},
     "resources": {"cpu": 1, "gpu": "auto"},
@@ -34,6 +34,7 @@ MODEL = ModelSpec("resnet32")
 TRAINING = {"epochs": 3, "batch_size": 64, "optimizer": "sgd", "lr": 0.1}
 BASELINE = {"accuracy": 0.9741, "params": 466_906, "memory": 61_400_000, "train_flops": 1.113e12}
 SAVED_PARAMS = {"layer1": 4_672, "layer2": 18_560, "layer3": 73_984}
+LAYERS = ("stem", *(f"layer{stage}.{index}" for stage in (1, 2, 3) for index in range(5)), "head")
 STARTED = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 
 
@@ -52,9 +53,12 @@ def record(trial: int, policy: Policy | None = None, **values: Any) -> TrialReco
         "params_total": 466_906,
         "memory_predicted": 61_400_000,
         "forward_flops": 0.371e12,
+        "forward_share": 1.0,
+        "mean_learnable_params": 466_906.0,
         "train_seconds": 4.25,
         "samples_per_second": 1_014.1,
         "dropped_units": 0,
+        "step_memory": 61_400_000,
         "device": "cpu",
         "started": started,
         "ended": started + timedelta(seconds=4.9),
@@ -65,6 +69,7 @@ def record(trial: int, policy: Policy | None = None, **values: Any) -> TrialReco
 def failed(trial: int, state: str, reason: str, policy: Policy | None = None) -> TrialRecord:
     """A record without results."""
     nothing = dict.fromkeys(("memory", "train_flops", "forward_flops", "train_seconds", "samples_per_second"))
+    nothing |= dict.fromkeys(("forward_share", "mean_learnable_params", "step_memory"))
     return record(trial, policy, state=state, reason=reason, accuracy=None, fidelity=1, **nothing)
 
 
@@ -91,7 +96,7 @@ def made_up_records(count: int = 24, seed: int = 3) -> list[TrialRecord]:
             [f"layer{stage}.{index}" for stage in (1, 2, 3) for index in (1, 3)], source.randint(1, 4)
         )
         replaced = tuple(Replacement(unit, source.choice(["skip", "scalar", "channel"])) for unit in units)
-        drop = LearnDrop(threshold=10 ** source.uniform(-3, -1), patience=source.randint(1, 3))
+        drop = LearnDrop(threshold=10 ** source.uniform(-1, 0), patience=source.randint(1, 3))
         policy = Policy(replacements=replaced, learn_drop=drop if source.random() < 0.6 else None)
         records.append(_priced(trial, policy, source))
     for trial, state, reason in (
@@ -143,14 +148,22 @@ def _priced(trial: int, policy: Policy, source: random.Random, origin: str = "sa
         forward_flops=BASELINE["train_flops"] / 3 * (1 - 0.064 * skipped),
         train_seconds=round(4.25 * (1 - 0.06 * skipped) * (1 - 0.02 * dropped), 3),
         dropped_units=dropped,
+        forward_share=(1 - 0.064 * skipped) * (1 - 0.03 * dropped),
+        mean_learnable_params=(BASELINE["params"] - saved) * (1 - 0.02 * dropped),
+        step_memory=int(BASELINE["memory"] * (1 - 0.05 * dropped)),
     )
 
 
 def _epochs(item: TrialRecord) -> list[dict[str, Any]]:
-    """Rows as ``EpochMetrics.to_dict()`` gives them, ending at the record's values."""
+    """Rows as ``EpochMetrics.to_dict()`` gives them, ending at the record's values; half of the units that leave do so
+    after the first epoch, the stem with them, the others after the second."""
     rows = []
+    has_learn_drop = json.loads(item.policy)["learn_drop"] is not None
+    cut = 0
     for epoch in range(1, 4):
         share = epoch / 3
+        dropped = item.dropped_units // 2 if epoch == 1 else item.dropped_units
+        before, cut = cut, dropped + 1 if dropped else 0
         rows.append(
             {
                 "epoch": epoch,
@@ -168,7 +181,12 @@ def _epochs(item: TrialRecord) -> list[dict[str, Any]]:
                 "forward_flops": item.forward_flops * share,
                 "train_seconds": item.train_seconds * share,
                 "samples_per_second": item.samples_per_second,
-                "dropped_units": round(item.dropped_units * share),
+                "forward_share": item.forward_share,
+                "mean_learnable_params": item.mean_learnable_params,
+                "step_memory": item.step_memory if epoch == 3 else item.memory,
+                "dropped_units": dropped,
+                "learning": list(LAYERS[cut:]) if has_learn_drop else [],
+                "left": list(LAYERS[before:cut]) if has_learn_drop else [],
                 "device": "cpu",
             }
         )

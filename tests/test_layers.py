@@ -21,7 +21,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "policy": ({"errors", "config", "files"}, set()),
     "model_graph": (BASE, {"torch"}),
     "replacement": (BASE | {"model_graph", "replacement"}, {"torch"}),
-    "learn_drop": (BASE | {"model_graph", "learn_drop"}, {"torch"}),
+    "learn_drop": (BASE | {"model_graph", "replacement", "learn_drop"}, {"torch"}),
     "training": (BASE | {"model_graph", "replacement", "learn_drop", "training"}, {"torch", "torchvision", "sklearn"}),
     "results": (BASE | {"results"}, {"tensorboard", "moocore", "plotly", "matplotlib"}),
     "search": (
@@ -30,8 +30,6 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "export": (BASE | {"replacement", "training", "results"}, {"torch"}),
 }
-# `Policy.preset` hands over to what makes it, inside the method.
-UPWARD = {("policy.py", "rlsearch.replacement.presets")}
 # `Policy.preset` hands over to what makes it, inside the method; torch it names for the type checker alone.
 EXCEPTIONS = {("policy.py", "rlsearch.replacement.presets"), ("policy.py", "torch")}
 HEAVY = {

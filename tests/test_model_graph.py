@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rlsearch.errors import ModelError
-from rlsearch.model_graph import example_shape, fake_copy, outermost, split
+from rlsearch.model_graph import example_shape, fake_copy, outermost, split, why_not_cut
 from rlsearch.training.models import build_model
 
 
@@ -48,6 +50,54 @@ class Branching(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.units(images) if images.sum() > 0 else images
+
+
+class Crossing(nn.Module):
+    """Two units, and a value that ``how`` carries past the first one."""
+
+    def __init__(self, how: Callable[[nn.ModuleList, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(2))
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.how(self.units, images)
+
+
+def by_method(units: nn.ModuleList, images: Tensor) -> Tensor:
+    gate = images.sigmoid().mean((2, 3), keepdim=True)
+    return units[1](units[0](images)).mul(gate)
+
+
+def by_function(units: nn.ModuleList, images: Tensor) -> Tensor:
+    return units[1](torch.cat([units[0](images * 2), images], 1)[:, :3])
+
+
+def to_the_output(units: nn.ModuleList, images: Tensor) -> Tensor:
+    first = images + 1
+    units[1](units[0](first))
+    return first
+
+
+def at_the_end(units: nn.ModuleList, images: Tensor) -> Tensor:
+    return units[0](images)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (by_method, "behind units.0 the value of mean(sigmoid) is still needed, by mul(units.1, mean)"),
+        (by_function, "behind units.0 the value of the input images is still needed, by cat(units.0, images)"),
+        (at_the_end, "units.0 ends it, and nothing behind it would go on learning"),
+        (to_the_output, "its own forward calls none of its units, so that it cannot be cut at their ends (units.0, "),
+    ],
+)
+def test_why_nothing_can_be_cut_off_is_said_in_words(
+    how: Callable[[nn.ModuleList, Tensor], Tensor], reason: str
+) -> None:
+    names = ["units.0", "units.1"]
+    assert len(split(Crossing(how), names)) == 1
+    assert why_not_cut(Crossing(how), names).startswith(reason)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from rlsearch import LearnDrop, ModelSpec, Policy, Replacement
 from rlsearch.errors import ConfigError
+from rlsearch.policy import FEATURES, SCORES
 
 NAMES = st.text("abcdefgh0123456789._", min_size=1, max_size=12)
 FRACTIONS = st.floats(0, 1)
@@ -27,11 +30,12 @@ POLICIES = st.builds(
     learn_drop=st.none()
     | st.builds(
         LearnDrop,
-        threshold=st.floats(1e-6, 10),
+        threshold=st.floats(1e-6, 1),
         patience=st.integers(1, 9),
         warmup=FRACTIONS,
         max_fraction=FRACTIONS,
-        features=st.sampled_from(["recompute", "stored"]),
+        score=st.sampled_from(SCORES),
+        features=st.sampled_from(FEATURES),
     ),
     provenance=st.dictionaries(NAMES, st.integers(), max_size=2),
 )
@@ -62,12 +66,12 @@ def test_saving_and_loading(tmp_path: Path) -> None:
         "replacements": [{"unit": "layer1.2", "block": "scalar", "options": {"init": "half"}}],
         "learn_drop": {
             "score": "param_change",
-            "threshold": 0.01,
+            "threshold": 0.65,
             "patience": 2,
             "interval": 1,
-            "warmup": 0.2,
-            "max_fraction": 0.8,
-            "features": "recompute",
+            "warmup": 0.3,
+            "max_fraction": 0.9,
+            "features": "auto",
         },
         "provenance": {},
     }
@@ -113,6 +117,45 @@ def test_ranges(settings: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Policy.from_dict({"schema": "rlsearch.policy/1", "learn_drop": settings})
     assert [problem.key for problem in caught.value.problems] == [key]
+
+
+NO_COUNTS: list[Any] = [0, -1, 1.5, 2.0, True, "2", None, math.nan, math.inf]
+NO_SHARES: list[Any] = [-0.1, 1.1, True, "0.5", None, math.nan, math.inf, -math.inf]
+WRONG: dict[str, list[Any]] = {
+    "threshold": [0, 0.0, *NO_SHARES],
+    "patience": NO_COUNTS,
+    "interval": NO_COUNTS,
+    "warmup": NO_SHARES,
+    "max_fraction": NO_SHARES,
+    "score": ["", "param_chnage", 3, None, ["schedule"]],
+    "features": ["", "store", True, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_settings_made_in_python_are_checked_as_those_of_a_file(name: str, value: Any) -> None:
+    (problem,) = LearnDrop(**{name: value}).problems("mine")
+    assert problem.key == f"mine.{name}"
+    assert str(value) in problem.message
+
+
+def test_settings_at_the_ends_of_their_ranges_are_fine() -> None:
+    assert LearnDrop(threshold=1, patience=1, interval=1, warmup=0, max_fraction=1).problems() == []
+    assert LearnDrop(threshold=1e-9, patience=99, interval=99, warmup=1.0, max_fraction=0.0).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("score", "near"),
+    [
+        ("param_chnage", "param_change"),
+        ("param_change_perlr", "param_change_per_lr"),
+        ("gradient_change", "grad_change"),
+        ("scheduled", "schedule"),
+    ],
+)
+def test_an_unknown_score_suggests_the_near_one(score: str, near: str) -> None:
+    (problem,) = LearnDrop(score=score).problems()
+    assert str(problem) == f"learn_drop.score: unknown score {score!r}; did you mean {near!r}?"
 
 
 @pytest.mark.parametrize("length", [0, 1, 40, 200])

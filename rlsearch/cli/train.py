@@ -1,29 +1,48 @@
-"""``rlsearch train``: one policy at full length, without Ray."""
+"""``rlsearch train``: one policy, or a plain model with Learn&Drop, at full length and without Ray."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from rlsearch.policy import ModelSpec, Policy
-    from rlsearch.training.metrics import EpochMetrics
-    from rlsearch.training.trial import TrialSpec
+    from rlsearch.cli.train_folder import TrainFolder
+    from rlsearch.training.trial import Trial
 
 
 def train(
-    policy: Annotated[Path, typer.Argument(metavar="POLICY", help="A policy.json, of an export or your own.")],
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="POLICY_OR_MODEL",
+            help="A policy.json, of an export or your own; or a model's name (ours, torchvision's, timm's), or "
+            "package.module:factory.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(metavar="OUT", help="Checkpoint, metrics and weights go here.")],
     data: Annotated[
         str | None, typer.Option(metavar="NAME", help="digits, parquet:PATH, cifar10, …; else the policy's own.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images.")] = None,
+    learn_drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE,…",
+            help="Layers that have stopped learning leave training: 'default', or settings such as "
+            "threshold=0.5,features=stored; what is not named is as the policy has it, else the default. 'off' trains "
+            "a policy's layers to the end.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")] = 0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="training.lr=0.2, data.flip=true, …; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="training.lr=0.2, data.flip=true, model.kwargs.small_stem=true, …; may be repeated.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -32,79 +51,49 @@ def train(
     device: Annotated[str | None, typer.Option(help="As torch names it; else CUDA where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the last epoch's metrics as JSON.")] = False,
 ) -> None:
-    """Trains a policy, and writes the model's weights. Called again with the same OUT, it goes on where it was.
+    """Trains a policy, or a model whose layers leave training early, and writes the model's weights.
+
+    Called again with the same OUT, it goes on where it was.
 
     Example: rlsearch train best/policy.json --data digits --epochs 30 --out trained
+
+    Example: rlsearch train resnet32 --learn-drop default --data digits --epochs 30 --out trained
     """
     import json
 
-    from rlsearch.export import named_model
-    from rlsearch.files import write_atomic
-    from rlsearch.policy import Policy
-    from rlsearch.replacement import materialize
-    from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+    from rlsearch.cli.train_folder import TrainFolder
+    from rlsearch.cli.train_spec import TrainOptions, training_spec
+    from rlsearch.cli.train_words import summary
+    from rlsearch.cli.warnings import shown_warnings
     from rlsearch.training.trial import Trial
 
-    chosen = Policy.load(policy)
-    spec = _spec(chosen, named_model(chosen, model, str(policy)), data, epochs, seed, settings or [])
-    trial = Trial(spec, device=device, scratch=out)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint, history_file = out / "checkpoint.pt", out / "metrics.json"
-    history: list[dict[str, Any]] = []
-    if checkpoint.exists():
-        trial.load_state_dict(load_checkpoint(checkpoint))
-        history = json.loads(history_file.read_text(encoding="utf-8"))[: trial.epochs_done]
-        typer.echo(f"going on after epoch {trial.epochs_done} of {checkpoint}", err=True)
-    while not trial.done:
-        metrics = trial.run_epoch()
-        history.append(metrics.to_dict())
-        write_atomic(history_file, json.dumps(history, indent=1).encode())
-        save_checkpoint(checkpoint, trial.state_dict())
-        if not as_json:
-            typer.echo(_line(metrics))
-    save_weights(out / "model.safetensors", materialize(trial.model))
-    chosen.save(out / "policy.json")
+    options = TrainOptions(subject, data, epochs, learn_drop, seed, tuple(settings or ()), model)
+    with shown_warnings():
+        spec, images = training_spec(options)
+        trial = Trial(spec, data=images, device=device, scratch=out)
+        folder = TrainFolder.opened(out, trial)
+        if folder.history:
+            typer.echo(f"going on after epoch {trial.epochs_done} of {folder.checkpoint}", err=True)
+        _run(trial, folder, quiet=as_json)
+        written = folder.write_results(trial, images)
     if as_json:
-        typer.echo(json.dumps(history[-1], indent=2))
-    else:
-        typer.echo(f"weights: {out / 'model.safetensors'}")
+        typer.echo(json.dumps(folder.history[-1], indent=2))
+        return
+    for line in [*summary(folder.history, trial), *(f"{what}: {path}" for what, path in written.items())]:
+        typer.echo(line)
 
 
-def _spec(
-    policy: Policy, model: ModelSpec, data: str | None, epochs: int | None, seed: int, settings: list[str]
-) -> TrialSpec:
-    """What to train: the policy's own data and training settings, with what the command line changes."""
-    from rlsearch.config import from_mapping
-    from rlsearch.errors import ConfigError, Problem
-    from rlsearch.search.yaml_file import override
-    from rlsearch.training.data import DataSpec
-    from rlsearch.training.loop import TrainingSpec
-    from rlsearch.training.trial import TrialSpec
+def _run(trial: Trial, folder: TrainFolder, quiet: bool) -> None:
+    """Trains to the end; every epoch is kept before it is told."""
+    from rich.console import Console
 
-    problems: list[Problem] = []
-    content: dict[str, Any] = {
-        "data": dict(policy.provenance.get("data") or {}),
-        "training": dict(policy.provenance.get("training") or {}),
-    }
-    if data is not None and data != content["data"].get("name"):
-        content["data"] = {"name": data}
-    if epochs is not None:
-        content["training"]["epochs"] = epochs
-    content = override(content, settings, problems)
-    if "name" not in content["data"]:
-        problems.append(Problem("--data", "is missing, and the policy names no data: give one, as in --data digits"))
-    if problems:
-        raise ConfigError(problems, "rlsearch train")
-    data_spec = from_mapping(DataSpec, content["data"], "data", problems)
-    training = from_mapping(TrainingSpec, content["training"], "training", problems)
-    if problems or data_spec is None or training is None:
-        raise ConfigError(problems, "rlsearch train")
-    return TrialSpec(model, data_spec, training, policy, seed)
+    from rlsearch.cli.train_words import epoch_line
 
-
-def _line(metrics: EpochMetrics) -> str:
-    dropped = f", {metrics.dropped_units} units dropped" if metrics.dropped_units else ""
-    return (
-        f"epoch {metrics.epoch}/{metrics.epochs}: accuracy {metrics.accuracy:.2%}, "
-        f"train loss {metrics.train_loss:.4f}, {metrics.samples_per_second:,.0f} images/s{dropped}"
-    )
+    # A terminal alone shows it, and only while an epoch runs: an epoch may take minutes.
+    console = Console(stderr=True)
+    while not trial.done:
+        with console.status(f"epoch {trial.epochs_done + 1} of {trial.spec.training.epochs}"):
+            metrics = trial.run_epoch()
+            folder.keep(trial, metrics)
+        if not quiet:
+            typer.echo(epoch_line(metrics, trial))

@@ -22,6 +22,9 @@ from rlsearch.learn_drop.feature_file import FeatureFile
 # From the fastest to read to the slowest.
 TIERS = ("device", "pinned", "file")
 
+# Of what is free, in memory and on disk, the part that features may take: the training itself still needs some.
+_SHARE = 0.5
+
 Key = Mapping[str, Any]
 
 
@@ -118,6 +121,11 @@ class Places:
         file = FeatureFile.found(self.folder, self.run, num_bytes, canonical(key))
         return None if file is None else FileStore(file)
 
+    def too_small(self, num_bytes: int) -> str:
+        """Says how much is needed, and how much room there is."""
+        room = ", ".join(f"{bytes_ / 1e9:.2f} GB ({name})" for name, bytes_ in self.room.items())
+        return f"stored features need {num_bytes / 1e9:.2f} GB, and there is room for {room}"
+
     def _open(self, tier: str, num_bytes: int) -> FeatureStore:
         if tier == "file":
             assert self.folder is not None  # a room for files is only given with a folder
@@ -125,6 +133,22 @@ class Places:
         if tier == "device":
             return FeatureStore(tier, torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
         return FeatureStore(tier, torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
+
+
+def places_now(device: torch.device, folder: Path | None, run: str) -> Places:
+    """Where there is room at this moment, a share left to the training.
+
+    Args:
+        device: that trains.
+        folder: for a file; None: there is to be none.
+        run: what tells this run's files from another's.
+    """
+    room = {"device": int(_SHARE * available_bytes(device))}
+    if device.type == "cuda":
+        room["pinned"] = int(_SHARE * available_bytes(torch.device("cpu")))
+    if folder is not None:
+        room["file"] = int(_SHARE * available_disk_bytes(folder))
+    return Places(device, room, folder, run)
 
 
 def canonical(key: Key) -> dict[str, Any]:
@@ -152,6 +176,10 @@ def available_bytes(device: torch.device) -> int:
         # What torch's allocator holds and does not use can be taken too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return _available_host_bytes()
+
+
+def _available_host_bytes() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         # Other systems do not say what is available; half of what there is, is a careful guess.
@@ -164,7 +192,7 @@ def available_disk_bytes(folder: Path) -> int:
     """Disk space that can still be taken in ``folder``; none where the folder is missing."""
     try:
         free = shutil.disk_usage(folder).free
-        return min(free, available_bytes(torch.device("cpu"))) if _is_memory(folder) else free
+        return min(free, _available_host_bytes()) if _is_memory(folder) else free
     except OSError:
         return 0
 

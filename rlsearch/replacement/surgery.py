@@ -79,11 +79,13 @@ class SurgeryReport:
         replaced: the replaced units, in forward order; empty for a policy that replaces nothing.
         params_before: learnable parameters of the model, before.
         params_after: the same, after.
+        units: the names of all units that the model had, in forward order; empty for a policy that replaces nothing.
     """
 
     replaced: tuple[ReplacedUnit, ...]
     params_before: int
     params_after: int
+    units: tuple[str, ...] = ()
 
 
 def plan(
@@ -154,7 +156,9 @@ def apply_policy(
         SurgeryError: replacements that cannot be made, all of them at once; the model is as it was.
         ModelError: the units of the model cannot be found.
     """
-    steps = plan(model, policy, units, example_input).replacements
+    if policy.replacements and units is None and not is_replaced(model):
+        units = find_units(model, example_input)
+    steps = plan(model, policy, units).replacements
     before = learnable_params(model)
     replaced = []
     for step, module in [(step, build_unit(model, step)) for step in steps]:
@@ -170,7 +174,7 @@ def apply_policy(
         )
         model.set_submodule(name, module)
         replaced.append(record)
-    return SurgeryReport(tuple(replaced), before, learnable_params(model))
+    return SurgeryReport(tuple(replaced), before, learnable_params(model), tuple(unit.name for unit in units or ()))
 
 
 def materialize(model: nn.Module) -> nn.Module:

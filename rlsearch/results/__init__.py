@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rlsearch.results.comparison import control_verdicts, savings
 from rlsearch.results.pareto import hypervolume, knee, nondominated_ranks, pareto_front, to_losses
-from rlsearch.results.selection import baseline, candidates, front, normalised_hypervolume, record_of, select, summary
+from rlsearch.results.run_summary import summary
+from rlsearch.results.selection import baseline, candidates, front, normalised_hypervolume, record_of, select
 from rlsearch.results.tables import (
     METRICS,
     STATES,

@@ -13,10 +13,11 @@ from dataclasses import replace
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rlsearch.results.departures import epochs_of
 from rlsearch.results.describe import LABELS, describe_difference, describe_trial, describe_value, natural_key
 from rlsearch.results.figures import BLUE, GRID, INK, MUTED, ORANGE, axes_of, groups, scale_of
 from rlsearch.results.selection import Selection, baseline, front, normalised_hypervolume, policy_of
-from rlsearch.results.tables import Run, TrialRecord, epochs_path, read_epochs
+from rlsearch.results.tables import Run, TrialRecord
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _SKIP_COLOR = "#a9b4c0"
@@ -57,7 +58,7 @@ def front_chart(run: Run, pick: Selection) -> go.Figure:
         figure.update_xaxes(title_text=x_title, row=1, col=column)
         _mark_baseline(figure, run, name, column)
     figure.update_yaxes(title_text=y_title, row=1, col=1)
-    return _styled(figure, 430)
+    return styled(figure, 430)
 
 
 def hypervolume_chart(run: Run) -> go.Figure | None:
@@ -75,7 +76,7 @@ def hypervolume_chart(run: Run) -> go.Figure | None:
     figure.update_traces(hovertemplate="after trial %{x}: %{y:.4f}<extra></extra>")
     figure.update_xaxes(title_text="trial")
     figure.update_yaxes(title_text="hypervolume", rangemode="tozero")
-    return _styled(figure, 300)
+    return styled(figure, 300)
 
 
 def units_chart(run: Run, pick: Selection) -> go.Figure | None:
@@ -87,7 +88,7 @@ def units_chart(run: Run, pick: Selection) -> go.Figure | None:
     everywhere = {item.unit for record in run.records for item in policy_of(record).replacements}
     units = sorted(everywhere, key=natural_key)
     blocks = sorted({item.block for _, policy in rows for item in policy.replacements})
-    labels = [_row_label(record, pick) for record, _ in rows]
+    labels = [row_label(record, pick) for record, _ in rows]
     figure = go.Figure()
     colors = {"skip": _SKIP_COLOR}
     colors |= dict(zip((block for block in blocks if block != "skip"), itertools.cycle(_BLOCK_COLORS), strict=False))
@@ -110,7 +111,7 @@ def units_chart(run: Run, pick: Selection) -> go.Figure | None:
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=names, range=[-0.5, len(names) - 0.5])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=labels[::-1])
     figure.update_yaxes(range=[-0.5, len(labels) - 0.5])
-    return _styled(figure, 130 + 26 * len(rows))
+    return styled(figure, 130 + 26 * len(rows))
 
 
 def curves_chart(run: Run, pick: Selection) -> go.Figure | None:
@@ -123,8 +124,7 @@ def curves_chart(run: Run, pick: Selection) -> go.Figure | None:
     figure = go.Figure()
     shown = [record for record in front(run) if reference is None or record.trial != reference.trial]
     for record in [*shown, *([] if reference is None else [reference])]:
-        path = epochs_path(run.folder, record.trial)
-        rows = read_epochs(path) if path.exists() else []
+        rows = epochs_of(run, record)
         if not rows:
             continue
         color, width = _curve_style(record, pick)
@@ -141,7 +141,7 @@ def curves_chart(run: Run, pick: Selection) -> go.Figure | None:
     last = max(max(trace.x) for trace in figure.data)
     figure.update_xaxes(title_text="epoch", tick0=1, dtick=-(-last // 10))
     figure.update_yaxes(title_text="accuracy, %")
-    return _styled(figure, 300)
+    return styled(figure, 300)
 
 
 def _mark_baseline(figure: go.Figure, run: Run, across: str | None, column: int) -> None:
@@ -162,7 +162,8 @@ def _curve_style(record: TrialRecord, pick: Selection) -> tuple[str, float]:
     return (INK, 2.5) if record.origin == "baseline" else ("rgba(31,95,168,0.45)", 1.5)
 
 
-def _row_label(record: TrialRecord, pick: Selection) -> str:
+def row_label(record: TrialRecord, pick: Selection) -> str:
+    """A trial on an axis; a star marks the pick."""
     star = "★ " if record.trial == pick.trial else ""
     accuracy = "" if record.accuracy is None else f", {describe_value('accuracy', record.accuracy)}"
     return f"{star}trial {record.trial}{accuracy}"
@@ -180,7 +181,8 @@ def _hover(run: Run, record: TrialRecord) -> str:
     return "<br>".join(map(html.escape, lines))
 
 
-def _styled(figure: go.Figure, height: int) -> go.Figure:
+def styled(figure: go.Figure, height: int) -> go.Figure:
+    """The figure in the looks that all have."""
     figure.update_layout(
         template="none",
         height=height,

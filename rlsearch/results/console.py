@@ -10,7 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsearch.results.comparison import BEATS, control_verdicts
-from rlsearch.results.describe import LABELS, describe_difference, describe_savings, describe_trial, describe_value
+from rlsearch.results.departures import Departures, departures_of, when_left
+from rlsearch.results.describe import (
+    DROPPING,
+    LABELS,
+    describe_difference,
+    describe_savings,
+    describe_trial,
+    describe_value,
+)
 from rlsearch.results.selection import (
     Selection,
     baseline,
@@ -18,6 +26,7 @@ from rlsearch.results.selection import (
     counts,
     front,
     normalised_hypervolume,
+    policy_of,
     record_of,
     select,
 )
@@ -41,6 +50,9 @@ def render_front(
     """
     pick = selected or select(run, where=where)
     console.print(front_table(run, pick, where))
+    dropping = learn_drop_table(run, pick, where)
+    if dropping.row_count:
+        console.print(dropping)
     for line in front_lines(run, pick, where):
         console.print(line)
 
@@ -61,6 +73,28 @@ def front_table(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> T
         cells = [_cell(name, record, reference) for name in run.objectives]
         number = f"★ {record.trial}" if record.trial == pick.trial else str(record.trial)
         table.add_row(Text(number), *cells, Text(_title(record, reference)), style=style)
+    return table
+
+
+def learn_drop_table(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> Table:
+    """What Learn&Drop did in those trials of the front that have it; without rows where none has.
+
+    Raises:
+        RunFolderError: a table of epochs is damaged.
+    """
+    table = Table(title="Learn&Drop", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
+    table.add_column("trial", justify="right", no_wrap=True)
+    table.add_column("layers left")
+    for name in DROPPING:
+        table.add_column(LABELS[name], justify="right")
+    table.add_column("memory of a step", justify="right")
+    for record in front(run, where):
+        if policy_of(record).learn_drop is None:
+            continue
+        found = departures_of(run, record)
+        values = [describe_value(name, record.metric(name)) for name in DROPPING]
+        number, style = (f"★ {record.trial}", "bold") if record.trial == pick.trial else (str(record.trial), "")
+        table.add_row(Text(number), _left(record, found), *values, _memory(record, found), style=style)
     return table
 
 
@@ -85,6 +119,20 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
     for verdict in control_verdicts(run, chosen):
         lines.append(Text(f"  {verdict.sentence}", style="" if verdict.verdict == BEATS else "yellow"))
     return lines
+
+
+def _left(record: TrialRecord, found: Departures | None) -> str:
+    """How many layers left, and after which epochs; of a trial whose epochs are gone, how many units."""
+    if found is None:
+        return f"{record.dropped_units or 0} units"
+    return f"{found.num_left or 'none'} of {len(found.layers)}{', ' if found.cuts else ''}{when_left(found)}"
+
+
+def _memory(record: TrialRecord, found: Departures | None) -> str:
+    """The bytes of a step, before the first cut and after the last."""
+    first = found.cuts[0].memory_before if found is not None and found.cuts else None
+    last = describe_value("memory", record.step_memory, scale=first)
+    return last if first is None else f"{describe_value('memory', first).split()[0]} → {last}"
 
 
 def _title(record: TrialRecord, reference: TrialRecord | None) -> str:

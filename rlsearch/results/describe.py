@@ -20,6 +20,8 @@ LABELS = {
     "memory_predicted": "memory, predicted",
     "train_flops": "compute",
     "forward_flops": "forward compute",
+    "forward_share": "forward share",
+    "mean_learnable_params": "mean learnable",
     "train_seconds": "training time",
     "samples_per_second": "speed",
 }
@@ -27,6 +29,9 @@ LABELS = {
 
 HEADLINE = ("params", "memory", "train_flops", "accuracy")
 """The metrics by which a policy is told in a sentence, objectives or not."""
+
+DROPPING = ("forward_share", "mean_learnable_params")
+"""The metrics that tell what Learn&Drop saved."""
 
 _FLOP_PREFIXES = {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 
@@ -49,6 +54,8 @@ def unit_of(metric: str, scale: float) -> Unit:
     """
     if metric == "accuracy":
         return Unit(100, "%", 2)
+    if metric == "forward_share":
+        return Unit(100, "%", 1)
     if metric.startswith("memory"):
         return Unit(2**-30, "GiB", 2) if scale >= 10 * 2**30 else Unit(2**-20, "MiB", 1)
     if metric.endswith("flops"):
@@ -157,7 +164,9 @@ def _trailing_word(unit: str) -> str:
 
 def _describe_learn_drop(settings: LearnDrop) -> str:
     default = LearnDrop()
-    shown = f"drop<{_short(settings.threshold)} p{settings.patience}"
+    # What a schedule does not look at is not shown.
+    rule = "" if settings.score == "schedule" else f"<{_short(settings.threshold)} p{settings.patience}"
+    shown = f"drop{rule}"
     for item in fields(LearnDrop):
         value = getattr(settings, item.name)
         if item.name not in ("threshold", "patience") and value != getattr(default, item.name):

@@ -10,8 +10,9 @@ import yaml
 from rlsearch.errors import RunFolderError
 from rlsearch.files import write_atomic
 from rlsearch.results import page
-from rlsearch.results.charts import curves_chart, front_chart, hypervolume_chart, units_chart
+from rlsearch.results.charts import curves_chart, front_chart, hypervolume_chart, row_label, units_chart
 from rlsearch.results.comparison import BEATS, control_verdicts
+from rlsearch.results.departures import departures_of, describe_departures, epochs_of
 from rlsearch.results.describe import (
     HEADLINE,
     LABELS,
@@ -20,6 +21,8 @@ from rlsearch.results.describe import (
     describe_trial,
     describe_value,
 )
+from rlsearch.results.dropping import dropping_sentence
+from rlsearch.results.dropping_charts import departures_chart, dropping_chart
 from rlsearch.results.figures import front_png, run_title
 from rlsearch.results.selection import (
     REFERENCE_FACTOR,
@@ -83,6 +86,7 @@ def _body(run: Run, pick: Selection) -> Iterable[str]:
             page.chart(units, "units-chart"),
             note="One row a policy on the front, one column a unit that any trial replaced; empty means left as it is.",
         )
+    yield from _dropping_section(run, pick)
     small = [
         page.section(title, page.chart(figure, name), note=note)
         for title, figure, name, note in (
@@ -102,6 +106,13 @@ _HYPERVOLUME = (
     f"{REFERENCE_FACTOR:g} times the baseline in every cost, and nothing of what is maximised."
 )
 _CURVES = "On the validation split. Orange: the pick; black: the baseline; blue: the rest of the front."
+
+
+_DROPPING = (
+    "Layers in forward order, from the top. Blue: it learned in that epoch; grey: it had left training. Below, the "
+    "memory of a training step and the accuracy, by epoch."
+)
+_DEPARTURES = "All trials of the front with Learn&Drop: the darker a layer, the more epochs it learned."
 
 
 def _subtitle(run: Run) -> str:
@@ -148,10 +159,17 @@ def _front_table(run: Run, pick: Selection) -> str:
     rows = [] if reference is None else [_row(run, reference, reference, pick, "end-to-end baseline")]
     for record in members:
         if reference is None or record.trial != reference.trial:
-            rows.append(_row(run, record, reference, pick, "" if record.origin == "sampler" else record.origin))
+            rows.append(_row(run, record, reference, pick, _note(run, record)))
     rows += [_row(run, record, reference, pick, f"{record.origin}, dominated") for record in controls]
     head = ["trial", *(LABELS[name] for name in run.objectives), "policy"]
     return page.table(head, rows, range(len(run.objectives) + 1))
+
+
+def _note(run: Run, record: TrialRecord) -> str:
+    """Where a trial comes from when no sampler proposed it, and what left in it."""
+    found = departures_of(run, record)
+    parts = ["" if record.origin == "sampler" else record.origin, "" if found is None else describe_departures(found)]
+    return "; ".join(part for part in parts if part)
 
 
 def _row(run: Run, record: TrialRecord, reference: TrialRecord | None, pick: Selection, note: str) -> page.Row:
@@ -162,6 +180,23 @@ def _row(run: Run, record: TrialRecord, reference: TrialRecord | None, pick: Sel
         cells.append(page.Cell(describe_value(name, record.metric(name), base), change))
     cells.append(page.Cell(describe_trial(record, reference), note))
     return page.Row(tuple(cells), "strong pick" if record.trial == pick.trial else "")
+
+
+def _dropping_section(run: Run, pick: Selection) -> Iterable[str]:
+    """Which layers left at which epoch; nothing where no trial of the front tells."""
+    told = [(record, found) for record in front(run) if (found := departures_of(run, record)) is not None]
+    if not told:
+        return
+    # The pick where it has Learn&Drop, else the first of the front.
+    record, found = next((item for item in told if item[0].trial == pick.trial), told[0])
+    sentence = dropping_sentence(found, record.forward_share, record.mean_learnable_params)
+    parts = [
+        page.text(f"{row_label(record, pick)}: {sentence}."),
+        page.chart(dropping_chart(epochs_of(run, record), found), "dropping-chart"),
+    ]
+    if len(told) > 1:
+        parts += [page.text(_DEPARTURES), page.chart(departures_chart(told, pick), "departures-chart")]
+    yield page.section("When layers left training", *parts, note=_DROPPING)
 
 
 def _failures_section(run: Run) -> str:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -133,28 +133,6 @@ def select(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> Sele
     index = best[np.argmin(pareto.distances_to_ideal(losses)[best])]
     equals = "" if len(best) == 1 else f"; of {len(best)} equal ones the nearest to the ideal point"
     return Selection(members[index].trial, f"the best {key} on the front{equals}")
-
-
-def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dict[str, Any]:
-    """What ``rlsearch pareto --json`` prints, in plain types.
-
-    Raises:
-        UserError: as `select`.
-        RunFolderError: as `select`.
-    """
-    selected = select(run, key, where)
-    reference = baseline(run)
-    return {
-        "objectives": dict(run.objectives),
-        "baseline": None if reference is None else {"trial": reference.trial, "values": values_of(run, reference)},
-        "front": [
-            {"trial": record.trial, "policy": policy_of(record).to_dict(), "values": values_of(run, record)}
-            for record in front(run, where)
-        ],
-        "counts": counts(run),
-        "hypervolume": normalised_hypervolume(run),
-        "selected": {"trial": selected.trial, "why": selected.why},
-    }
 
 
 def counts(run: Run) -> dict[str, int]:

@@ -33,24 +33,27 @@ METRICS = (
     "memory_predicted",
     "train_flops",
     "forward_flops",
+    "forward_share",
+    "mean_learnable_params",
     "train_seconds",
     "samples_per_second",
 )
 """The columns that may be objectives, and that ``--where`` and ``--select`` know."""
 
 _INTEGER, _NUMBER, _TEXT, _TIME = pa.int64(), pa.float64(), pa.string(), pa.timestamp("us", tz="UTC")
+_NAMES = pa.list_(_TEXT)
 _METRIC_TYPES = {name: _INTEGER if name.startswith(("params", "memory")) else _NUMBER for name in METRICS}
 _TRIALS = pa.schema(
     {"trial": _INTEGER, "state": _TEXT, "origin": _TEXT, "reason": _TEXT, "policy": _TEXT, "policy_hash": _TEXT}
     | {"training": _TEXT, "seed": _INTEGER, "fidelity": _INTEGER}
     | _METRIC_TYPES
-    | {"dropped_units": _INTEGER, "device": _TEXT, "started": _TIME, "ended": _TIME}
+    | {"dropped_units": _INTEGER, "step_memory": _INTEGER, "device": _TEXT, "started": _TIME, "ended": _TIME}
 )
 _EPOCHS = pa.schema(
     {"epoch": _INTEGER, "epochs": _INTEGER}
     | _METRIC_TYPES
     | {"validation_loss": _NUMBER, "train_loss": _NUMBER, "lr": _NUMBER, "dropped_units": _INTEGER}
-    | {"learnable_params": _INTEGER, "device": _TEXT}
+    | {"learnable_params": _INTEGER, "step_memory": _INTEGER, "learning": _NAMES, "left": _NAMES, "device": _TEXT}
 )
 _DIGEST = b"rlsearch.sha256"
 
@@ -76,9 +79,12 @@ class TrialRecord:
         memory_predicted: bytes, from fake tensors: the same number on every machine.
         train_flops: floating-point operations that the training spent.
         forward_flops: the part of them that forward passes spent.
+        forward_share: ``forward_flops`` as a share of what the untouched model would have spent on the same images.
+        mean_learnable_params: parameters that learned, averaged over the images trained on.
         train_seconds: seconds of training, without evaluation and set-up.
         samples_per_second: training images a second.
         dropped_units: units that had left training at the end.
+        step_memory: bytes of a training step in the last epoch, measured or predicted as ``memory`` is.
         device: what the trial ran on.
         started: when the trial began, with a time zone.
         ended: when the trial ended, with a time zone.
@@ -100,9 +106,12 @@ class TrialRecord:
     memory_predicted: int | None = None
     train_flops: float | None = None
     forward_flops: float | None = None
+    forward_share: float | None = None
+    mean_learnable_params: float | None = None
     train_seconds: float | None = None
     samples_per_second: float | None = None
     dropped_units: int | None = None
+    step_memory: int | None = None
     device: str | None = None
     started: datetime | None = None
     ended: datetime | None = None

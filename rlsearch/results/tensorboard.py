@@ -31,7 +31,7 @@ _STATUS = {
     "FAIL": api_pb2.STATUS_FAILURE,
     "INFEASIBLE": api_pb2.STATUS_FAILURE,
 }
-_CURVES = (*METRICS, "validation_loss", "train_loss", "lr", "dropped_units", "learnable_params")
+_CURVES = (*METRICS, "validation_loss", "train_loss", "lr", "dropped_units", "learnable_params", "step_memory")
 
 
 def write_trial(

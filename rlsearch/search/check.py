@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 from rlsearch.errors import ModelError, Problem, suggestion
+from rlsearch.model_graph import split, why_not_cut
 from rlsearch.replacement import Unit, find_units
 from rlsearch.search.policy_space import PolicySpace, matched_units
 from rlsearch.search.settings import ReplacementSpace
 from rlsearch.search.space import SearchSpace
 from rlsearch.search.variants import Variant
+from rlsearch.training.data import known_shape
 from rlsearch.training.models import build_model, build_spec
 
 _KEY = "space.replacement"
+_DROP_KEY = "space.learn_drop"
 
 
 def build_unallocated(space: SearchSpace) -> nn.Module:
@@ -43,14 +46,39 @@ def check_space(space: SearchSpace) -> list[Problem]:
             build_spec(space.model)
         except ModelError as error:
             problems.append(Problem("model.weights", str(error)))
+    if space.replacement is None and space.learn_drop is None:
+        return problems
+    shape = _input_shape(space)
+    try:
+        units = find_units(model, None if shape is None else torch.empty(2, *shape, device="meta"))
+    except ModelError as error:
+        return [*problems, Problem(_KEY if space.replacement else _DROP_KEY, str(error))]
+    if space.learn_drop is not None:
+        problems += _check_cuts(model, units, space.model.name)
     if space.replacement is None:
         return problems
-    try:
-        units = find_units(model)
-    except ModelError as error:
-        return [*problems, Problem(_KEY, str(error))]
     problems += _check_units(space.replacement, units, space.model.name)
-    return problems or _check_blocks(space.replacement, PolicySpace(space, model))
+    return problems or _check_blocks(space.replacement, PolicySpace(space, model, shape))
+
+
+def _input_shape(space: SearchSpace) -> tuple[int, int, int] | None:
+    """What the model will get, as far as the data's name and settings tell; None: it is guessed from the model."""
+    known, side = known_shape(space.data), space.data.image_size
+    if known is not None:
+        return (3, *known[1][1:])  # grey images are expanded
+    return None if side is None else (3, side, side)
+
+
+def _check_cuts(model: nn.Module, units: list[Unit], name: str) -> list[Problem]:
+    """Something of the model must be able to leave training; else every trial with Learn&Drop would fail."""
+    names = [unit.name for unit in units]
+    try:
+        if len(split(model, names)) > 1:
+            return []
+        reason = f"nothing of {name} can leave training: {why_not_cut(model, names)}"
+    except ModelError as error:
+        reason = str(error)
+    return [Problem(_DROP_KEY, f"{reason}; leave learn_drop out")]
 
 
 def _check_units(replacement: ReplacementSpace, units: list[Unit], model: str) -> list[Problem]:

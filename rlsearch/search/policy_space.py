@@ -32,6 +32,7 @@ Suggest = Callable[[str, Distribution], Any]
 """Decides one parameter: its name and what may be chosen, to the choice."""
 
 _ON_OR_OFF = CategoricalDistribution([False, True])
+_SCORE = "learn_drop.score"
 
 
 @dataclass(frozen=True)
@@ -202,15 +203,22 @@ class PolicySpace:
     def num_points(self) -> int:
         """How many points there are, continuous parameters not counted."""
         training = math.prod(size_of(d) or 1 for name, d in self.space.searched.items() if name.startswith("training."))
-        dropping = 0
-        if self.space.learn_drop is not None:
-            dropped = (d for name, d in self.space.searched.items() if name.startswith("learn_drop."))
-            dropping = math.prod(size_of(d) or 1 for d in dropped)
-        return training * (1 + dropping) * self.num_replacements()
+        return training * (1 + self._num_droppings()) * self.num_replacements()
 
     def continuous(self) -> tuple[str, ...]:
         """The names of the parameters that have no finite number of values."""
         return tuple(name for name, distribution in self.space.searched.items() if size_of(distribution) is None)
+
+    def _num_droppings(self) -> int:
+        """How many settings Learn&Drop may have where it is on."""
+        if self.space.learn_drop is None:
+            return 0
+        searched = {name: d for name, d in self.space.searched.items() if name.startswith("learn_drop.")}
+        scores = searched.pop(_SCORE, None)
+        return sum(
+            math.prod(size_of(d) or 1 for name, d in searched.items() if not _is_idle(name, score))
+            for score in (values_of(scores) if scores else [self.space.learn_drop.score])
+        )
 
     def _group_units(self) -> list[UnitGroup]:
         """The units by chain and role, those with nothing to be replaced left out."""
@@ -233,12 +241,16 @@ class PolicySpace:
     def _decide_learn_drop(self, suggest: Suggest) -> LearnDrop | None:
         if self.space.learn_drop is None or not suggest("learn_drop", _ON_OR_OFF):
             return None
+        searched = {name: d for name, d in self.space.searched.items() if name.startswith("learn_drop.")}
+        scores = searched.pop(_SCORE, None)
+        # The score comes first: what it does not look at is left at its default, or equal trainings would differ.
+        learn_drop = replace(self.space.learn_drop, score=suggest(_SCORE, scores)) if scores else self.space.learn_drop
         settings = {
             name.removeprefix("learn_drop."): suggest(name, distribution)
-            for name, distribution in self.space.searched.items()
-            if name.startswith("learn_drop.")
+            for name, distribution in searched.items()
+            if not _is_idle(name, learn_drop.score)
         }
-        return replace(self.space.learn_drop, **settings)
+        return replace(learn_drop, **settings)
 
     def _decide_blocks(self, suggest: Suggest) -> dict[str, str]:
         chosen: dict[str, str] = {}
@@ -259,6 +271,11 @@ class PolicySpace:
         left = [str(index) for index, variant in enumerate(self.blocks[unit]) if variant in offered]
         name = "block" if offered == self.blocks[unit] else "_".join(["block", *left])
         return f"{name}:{unit}", CategoricalDistribution(offered)
+
+
+def _is_idle(name: str, score: str) -> bool:
+    """Whether a setting of Learn&Drop plays no part with this score."""
+    return score == "schedule" and name in ("learn_drop.threshold", "learn_drop.patience")
 
 
 def matched_units(replacement: ReplacementSpace, units: Sequence[Unit]) -> tuple[str, ...]:

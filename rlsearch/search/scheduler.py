@@ -17,8 +17,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from rlsearch.results.pareto import nondominated_ranks
 
-# What stands for each objective while a trial is under way: costs that are exact from its start, and FLOPs an epoch.
-# Seconds at a rung would tell how crowded the device was.
+# What stands for each objective while a trial is under way: costs that are exact from its start, FLOPs an epoch, and
+# what is a mean over the images so far. Seconds at a rung would tell how crowded the device was.
 _AT_A_RUNG = {
     "params": "params",
     "params_total": "params_total",
@@ -26,6 +26,8 @@ _AT_A_RUNG = {
     "memory_predicted": "memory_predicted",
     "train_flops": "train_flops",
     "forward_flops": "forward_flops",
+    "forward_share": "forward_share",
+    "mean_learnable_params": "mean_learnable_params",
     "train_seconds": "train_flops",
     "samples_per_second": "train_flops",
 }

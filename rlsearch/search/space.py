@@ -221,6 +221,13 @@ def _parse_space_section(
         replacement = parse_replacement(content["replacement"], problems)
     if content.get("learn_drop") is not None:
         learn_drop, searched = parse_settings(
-            LearnDrop, content["learn_drop"], "space.learn_drop", "learn_drop", problems
+            LearnDrop, content["learn_drop"], "space.learn_drop", "learn_drop", problems, _unused(content["learn_drop"])
         )
     return replacement, learn_drop, searched
+
+
+def _unused(learn_drop: Any) -> dict[str, str]:
+    """The settings of Learn&Drop that play no part: a search over them would train the same thing again and again."""
+    if not isinstance(learn_drop, dict) or learn_drop.get("score") != "schedule":
+        return {}
+    return dict.fromkeys(("threshold", "patience"), "with score schedule it plays no part")

@@ -237,6 +237,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         training=json.dumps(attributes["training"], sort_keys=True),
         fidelity=final.get("epoch", 0),
         dropped_units=final.get("dropped_units"),
+        step_memory=final.get("step_memory"),
         device=final.get("device"),
         started=_with_zone(trial.datetime_start),
         ended=_with_zone(trial.datetime_complete),

@@ -119,11 +119,10 @@ class CostModel:
         costs = self._costs(steps, 0, len(self.segments), cut=0)
         sizes = self._dense + self._difference(steps)
         forward, step = self._image_flops(costs)
-        activations = saved_bytes(costs, 4 * math.prod(self._batch_shape))
         return Cost(
             params=sizes.learnable,
             params_total=sizes.total,
-            memory=sizes.fixed_bytes + sizes.learnable_bytes * (1 + self._states) + activations,
+            memory=self._memory(sizes.fixed_bytes, sizes.learnable_bytes, saved_bytes(costs, self._image_bytes)),
             forward_flops=forward,
             step_flops=step,
         )
@@ -146,10 +145,43 @@ class CostModel:
         steps = self.plan(policy)
         return self._image_flops(self._costs(steps, cut, len(self.segments), cut))
 
+    def memory_at(self, policy: Policy, cut: int, learnable_bytes: int, *, stored: bool = False) -> int:
+        """Bytes of a training step in which the segments before ``cut`` do not learn, counted as in `Cost.memory`.
+
+        Args:
+            policy: what is replaced by what.
+            cut: how many segments have left; at 0 the result is `Cost.memory`.
+            learnable_bytes: of the parameters that still learn. Which these are the real model knows best: parameters
+                that a layer after the cut holds too go on learning.
+            stored: whether the step reads the dropped segments' output from where it is stored; else it runs them, from
+                a batch of images.
+
+        Raises:
+            SurgeryError: the policy cannot be applied to this model.
+        """
+        steps = self.plan(policy)
+        costs = self._costs(steps, cut, len(self.segments), cut)
+        shape, _, dtype = self._inputs[cut]
+        features = math.prod(shape) * dtype.itemsize
+        if cut == 0 or stored:
+            saved = saved_bytes(costs, features)
+        else:
+            saved = self._image_bytes + saved_bytes(costs, features, is_batch=False)
+        return self._memory((self._dense + self._difference(steps)).fixed_bytes, learnable_bytes, saved)
+
     def forward_flops(self, policy: Policy, start: int, end: int) -> float:
         """Operations of one image's forward pass through the segments from ``start`` up to ``end``."""
         steps = self.plan(policy)
         return self._image_flops(self._costs(steps, start, end, cut=0))[0]
+
+    @property
+    def _image_bytes(self) -> int:
+        """Bytes of a batch of images."""
+        return 4 * math.prod(self._batch_shape)
+
+    def _memory(self, fixed_bytes: int, learnable_bytes: int, saved: int) -> int:
+        """Parameters and buffers; a gradient and the optimizer's state of what learns; what is saved for backward."""
+        return fixed_bytes + learnable_bytes * (1 + self._states) + saved
 
     def _image_flops(self, costs: Sequence[SegmentCost]) -> tuple[float, float]:
         forward = sum(item.forward_flops for item in costs)
@@ -158,18 +190,17 @@ class CostModel:
 
     def _costs(self, steps: Sequence[PlannedUnit], start: int, end: int, cut: int) -> list[SegmentCost]:
         """The costs of segments with the planned units in them, if those before ``cut`` do not learn: the first that
-        does has no use for the gradient of its input."""
+        does has no use for the gradient of its input (it may come after units that are left out)."""
         by_holder: dict[str, list[PlannedUnit]] = {}
         for step in steps:
             by_holder.setdefault(self._holders[step.unit.name], []).append(step)
-        return [
-            self._segment_cost(
-                index,
-                [step for holder in dict.fromkeys(self.segments[index].units) for step in by_holder.get(holder, ())],
-                needs_input_gradient=index > cut,
-            )
-            for index in range(start, end)
-        ]
+        costs: list[SegmentCost] = []
+        for index in range(start, end):
+            holders = dict.fromkeys(self.segments[index].units)
+            units = [step for holder in holders for step in by_holder.get(holder, ())]
+            needs = costs[-1].learns if costs else index > cut
+            costs.append(self._segment_cost(index, units, needs_input_gradient=index > cut and needs))
+        return costs
 
     def _segment_cost(self, index: int, steps: Sequence[PlannedUnit], needs_input_gradient: bool) -> SegmentCost:
         """Measured once for all segments and units that are alike."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rlsearch.learn_drop import Dropper, FeatureCache
 from rlsearch.learn_drop.feature_store import Key, Places
+from rlsearch.learn_drop.feature_times import cache_times, probe_cache
 from rlsearch.learn_drop.features import FeatureForm
 from rlsearch.learn_drop.payoff import CacheTimes
 from rlsearch.training.device_data import DeviceData, shifted
 from rlsearch.training.feature_key import feature_key
-from rlsearch.training.feature_times import cache_times
 from rlsearch.training.feature_views import Views
 from rlsearch.training.loop import autocast
 
@@ -82,14 +82,9 @@ class FeatureBuilder:
             MemoryError: there is no room even for that.
         """
         count = min(self.batch_size, form.num_images)
-        small = replace(form, num_images=count)
-        store = places.opened(small.num_bytes, (tier,))
-        if store is None:
-            raise MemoryError(f"no room for one batch: {'; '.join(places.refused)}")
-        probe = FeatureCache(small, store, self.data.device)
         indices = torch.arange(count, device=self.data.device)
         generator = self.data.generator(self.seed, 0)
-        try:
+        with probe_cache(form, count, places, tier) as probe:
             return cache_times(
                 probe,
                 form.num_images,
@@ -97,8 +92,6 @@ class FeatureBuilder:
                 advance=None if old is None else lambda: self.run(old.read(0, 0, count), start),
                 read=lambda: cropped(probe.batch(indices, torch.zeros_like(indices)), views, generator),
             )
-        finally:
-            probe.close()
 
     def key(self, form: FeatureForm, views: Views, places: Places) -> dict[str, Any]:
         """What a file must be of; nothing where there can be no file, since the weights are hashed for it."""

@@ -9,28 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlsearch.learn_drop import Dropper, FeatureCache
-from rlsearch.learn_drop.feature_store import (
-    Key,
-    Places,
-    available_bytes,
-    available_disk_bytes,
-    first_line,
-    is_shortage,
-)
+from rlsearch.learn_drop.feature_store import Key, Places, first_line, is_shortage, places_now
+from rlsearch.learn_drop.feature_times import worth_storing
 from rlsearch.learn_drop.features import FeatureForm
-from rlsearch.learn_drop.payoff import pays_off
 from rlsearch.training.device_data import DeviceData
 from rlsearch.training.feature_building import FeatureBuilder, cropped
 from rlsearch.training.feature_views import Views
 
 _LOG = logging.getLogger(__name__)
-
-# Of what is free, in memory and on disk, the part that a cache may take: the training itself still needs some.
-_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,7 @@ class TrainingInputs:
         if self._dropper is None:
             logits: Tensor = self._model(inputs)
             return logits
-        return self._dropper.suffix(inputs) if self.stored else self._dropper.forward(inputs)
+        return self._dropper.suffix(inputs) if self.stored else self._dropper(inputs)
 
     def follow_cut(self, remaining_epochs: int | None = None) -> CacheWork | None:
         """Builds the cache, or moves it to where the cut is now, if that is wanted.
@@ -134,7 +123,8 @@ class TrainingInputs:
             remaining_epochs: of the whole training, for ``auto``; None: unknown, and ``auto`` stores what fits.
 
         Returns:
-            the forward passes that it took (not those few that ``auto`` measures), or None where none were made.
+            the forward passes that it took (not those few that ``auto`` measures), or None where none were made. Those
+            of a killed process, whose file is taken up, are told again: its training counts what a straight one does.
         """
         dropper = self._dropper
         if dropper is None or self._features == "recompute" or dropper.cut == self._cut:
@@ -177,21 +167,17 @@ class TrainingInputs:
             self.close()
             start = 0
         self._views = views
-        places = self._places()
+        places = places_now(self._data.device, self._scratch, self._run_name)
         key = builder.key(form, views, places)
         if self._cache is None and self._take_found(form, places, key):
-            return None
+            return CacheWork(form.num_images * form.num_views, 0, self._cut)
         tier = self._tier(form, places)
         if tier is None:
-            room = ", ".join(f"{bytes_ / 1e9:.2f} GB ({name})" for name, bytes_ in places.room.items())
-            self._recompute(f"stored features need {form.num_bytes / 1e9:.2f} GB, and there is room for {room}")
+            self._recompute(places.too_small(form.num_bytes))
             return None
         if self._features == "auto" and remaining_epochs is not None:
             times = builder.times(self._cache, form, views, start, places, tier)
-            pays = pays_off(times, remaining_epochs)
-            verb = "stores" if pays else "recomputes"
-            _LOG.info("features: auto %s them, %d epochs left: %s", verb, remaining_epochs, times)
-            if not pays:
+            if not worth_storing(times, remaining_epochs):
                 self.close()
                 return None
         old, self._cache = self._cache, None
@@ -223,12 +209,3 @@ class TrainingInputs:
     def _recompute(self, why: str) -> None:
         self.close()
         _LOG.warning("%s: the dropped prefix runs at every step instead", why)
-
-    def _places(self) -> Places:
-        device = self._data.device
-        room = {"device": int(_SHARE * available_bytes(device))}
-        if device.type == "cuda":
-            room["pinned"] = int(_SHARE * available_bytes(torch.device("cpu")))
-        if self._scratch is not None:
-            room["file"] = int(_SHARE * available_disk_bytes(self._scratch))
-        return Places(device, room, self._scratch, self._run_name)

@@ -20,14 +20,23 @@ class EpochMetrics:
         params: learnable parameters after surgery, by unique storage; dropping does not change it.
         params_total: parameters of the materialised model.
         learnable_params: parameters that still learn, after this epoch's cut.
-        memory: bytes; on CUDA the peak allocated in a training step, after warm-up; elsewhere ``memory_predicted``.
+        mean_learnable_params: parameters that learned, averaged over the images trained on so far.
+        memory: bytes; on CUDA the peak allocated in a training step of the first epoch, after warm-up; elsewhere
+            ``memory_predicted``.
         memory_predicted: bytes: parameters, gradients, optimizer state, saved activations, from fake tensors.
+        step_memory: bytes of a training step in this epoch, before its cut: on CUDA the peak allocated after warm-up,
+            elsewhere predicted; features that are stored in the device's memory are among them.
         train_flops: floating-point operations spent on training so far, as the layers really ran.
         forward_flops: the part of ``train_flops`` spent in forward passes.
+        forward_share: ``forward_flops`` as a share of what the untouched model, nothing replaced and nothing dropped,
+            would have spent on the same images; below 1 it saved some. Filling a cache of features counts as spent.
         train_seconds: seconds of training so far, without set-up and evaluation; honest only for a trial alone on its
             device.
         samples_per_second: training images per second, over the trial so far.
         dropped_units: how many units have left training.
+        learning: the names of the layers (the stem, units, the head) that learn after this epoch's cut, in forward
+            order; empty where there is no Learn&Drop.
+        left: the names of those that left with this epoch's cut, in forward order.
         device: what it ran on, as torch names it.
     """
 
@@ -40,15 +49,21 @@ class EpochMetrics:
     params: int
     params_total: int
     learnable_params: int
+    mean_learnable_params: float
     memory: int
     memory_predicted: int
+    step_memory: int
     train_flops: float
     forward_flops: float
+    forward_share: float
     train_seconds: float
     samples_per_second: float
     dropped_units: int
+    learning: tuple[str, ...]
+    left: tuple[str, ...]
     device: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for tables and reports."""
-        return asdict(self)
+        # Lists, as a table or JSON gives them back.
+        return asdict(self) | {"learning": list(self.learning), "left": list(self.left)}

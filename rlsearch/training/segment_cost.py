@@ -30,6 +30,7 @@ class SegmentCost:
         saves_input: whether the input is kept for the backward pass.
         saves_output: whether the output is.
         is_identity: whether the output is the input itself (a skipped unit).
+        learns: whether the output takes a gradient: something in the segment learns, or the input takes one.
     """
 
     forward_flops: float
@@ -39,6 +40,7 @@ class SegmentCost:
     saves_input: bool
     saves_output: bool
     is_identity: bool
+    learns: bool
 
 
 def measure(
@@ -118,6 +120,7 @@ def _run(
         saves_input=_storage(inputs) in saved,
         saves_output=_storage(outputs) in saved,
         is_identity=_storage(inputs) == _storage(outputs),
+        learns=outputs.requires_grad,
     )
 
 
@@ -145,14 +148,18 @@ class _FlopCounter(TorchDispatchMode):
         return result
 
 
-def saved_bytes(costs: Sequence[SegmentCost], input_bytes: int) -> int:
+def saved_bytes(costs: Sequence[SegmentCost], input_bytes: int, *, is_batch: bool = True) -> int:
     """What is kept for the backward pass of consecutive segments; a tensor between two of them counts once.
 
-    The first segment's input, a batch of images or features of ``input_bytes``, is there in any case.
+    Args:
+        costs: of the segments.
+        input_bytes: of the first segment's input.
+        is_batch: whether that input is what the step was given (images, or stored features), which is there in any
+            case; else segments that do not learn made it in the step, and it is gone unless it is kept.
     """
-    total = input_bytes
+    total = input_bytes if is_batch else 0
     # The tensor that the next segment reads: its size, and whether it is counted already.
-    size, counted = input_bytes, True
+    size, counted = input_bytes, is_batch
     for cost in costs:
         if cost.saves_input and not counted:
             total += size

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
 from rlsearch.learn_drop import Dropper
-from rlsearch.model_graph import outermost, split
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import (
     SurgeryReport,
     apply_policy,
-    composed_parameters,
     learnable_params,
     mixing_parameters,
 )
@@ -42,6 +40,7 @@ from rlsearch.training.loop import (
 )
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
+from rlsearch.training.sizes import Sizes
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
@@ -119,7 +118,19 @@ class _Sums:
     train_seconds: float = 0.0
     train_flops: float = 0.0
     forward_flops: float = 0.0
+    # Learnable parameters times the images that were trained on with them.
+    learned: int = 0
     memory: int = 0
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """What the steps of one epoch gave, and the layers that left after them."""
+
+    train_loss: float
+    lr: float
+    step_memory: int
+    left: tuple[str, ...]
 
 
 class Trial:
@@ -169,12 +180,24 @@ class Trial:
                 run=json.dumps(spec.to_dict(), sort_keys=True),
             )
         self._cost = self._costs.cost(spec.policy)
+        self._untouched_flops = self._costs.cost(Policy()).forward_flops
         self._sums = _Sums()
 
     @property
     def done(self) -> bool:
         """Whether all epochs are done."""
         return self.epochs_done >= self.spec.training.epochs
+
+    @property
+    def dropper(self) -> Dropper | None:
+        """Decides what leaves training; None where the policy has no Learn&Drop."""
+        return self._dropper
+
+    @property
+    def features_in(self) -> str | None:
+        """Where the dropped layers' outputs are stored (``device``, ``pinned``, ``file``); None where they are not."""
+        cache = self._inputs.cache
+        return cache.store.tier if cache else None
 
     def run_epoch(self) -> EpochMetrics:
         """Trains one epoch, lets layers leave, and evaluates on the validation split.
@@ -184,7 +207,7 @@ class Trial:
             OutOfMemoryError: the device has too little memory.
         """
         with _memory_errors():
-            train_loss, lr = self._train()
+            trained = self._train()
             validation = evaluate(
                 self.model,
                 self._data.validation_batches(EVALUATION_BATCH),
@@ -200,18 +223,23 @@ class Trial:
             epochs=self.spec.training.epochs,
             accuracy=validation.accuracy,
             validation_loss=validation.loss,
-            train_loss=train_loss,
-            lr=lr,
+            train_loss=trained.train_loss,
+            lr=trained.lr,
             params=self._cost.params,
             params_total=self._cost.params_total,
             learnable_params=learnable_params(self.model),
+            mean_learnable_params=self._sums.learned / self._sums.num_images,
             memory=self._sums.memory,
             memory_predicted=self._cost.memory,
+            step_memory=trained.step_memory,
             train_flops=self._sums.train_flops,
             forward_flops=self._sums.forward_flops,
+            forward_share=self._sums.forward_flops / (self._untouched_flops * self._sums.num_images),
             train_seconds=self._sums.train_seconds,
             samples_per_second=self._sums.num_images / self._sums.train_seconds,
             dropped_units=self._dropper.dropped_units if self._dropper else 0,
+            learning=self._dropper.layers[self._cut :] if self._dropper else (),
+            left=trained.left,
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         )
 
@@ -251,14 +279,15 @@ class Trial:
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def _train(self) -> tuple[float, float]:
-        """One epoch of steps, and the cut after it: mean loss and last learning rate."""
+    def _train(self) -> _Epoch:
+        """One epoch of steps, and the cut after it."""
         epoch = self.epochs_done
         training = self.spec.training
         # After a resume the cache is filled again; that was paid for before the interruption, and is not counted twice.
         self._inputs.follow_cut(training.epochs - epoch)
         rates = self._rates(epoch)
         forward_flops, step_flops = self._image_flops()
+        num_learnable, step_memory = learnable_params(self.model), self._predicted_memory()
         started = self._now()
         if self._dropper:
             self._dropper.train_mode()
@@ -266,34 +295,49 @@ class Trial:
             self.model.train()
         result = train_epoch(
             self._inputs.forward,
-            self._measured(self._inputs.batches(epoch)) if epoch == 0 else self._inputs.batches(epoch),
+            self._measured(self._inputs.batches(epoch)),
             self._optimizer,
             rates,
             label_smoothing=training.label_smoothing,
             precision=self._precision,
             device=self.device,
         )
+        if self.device.type == "cuda":
+            step_memory = torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
         if epoch == 0:
-            self._sums.memory = self._memory()
+            self._sums.memory = step_memory
         self.epochs_done += 1
         self._sums.num_images += result.num_images
+        self._sums.learned += num_learnable * result.num_images
         self._spend(forward_flops * result.num_images, step_flops * result.num_images)
-        if self._dropper and self._dropper.end_epoch(self.epochs_done):
+        cut = self._cut
+        if self._dropper and self._dropper.end_epoch():
             work = self._inputs.follow_cut(training.epochs - self.epochs_done)
             if work is not None:
                 spent = work.num_images * self._costs.forward_flops(self.spec.policy, work.start, work.end)
                 self._spend(spent, spent)
         self._sums.train_seconds += self._now() - started
-        return result.loss, rates[-1]
+        left = self._dropper.layers[cut : self._cut] if self._dropper else ()
+        return _Epoch(result.loss, rates[-1], step_memory, left)
+
+    @property
+    def _cut(self) -> int:
+        """How many layers have left."""
+        return self._dropper.cut if self._dropper else 0
 
     def _image_flops(self) -> tuple[float, float]:
         """Operations of one image, forward and in all, at the present cut."""
-        cut = self._dropper.cut if self._dropper else 0
-        forward, step = self._costs.image_flops(self.spec.policy, cut)
+        forward, step = self._costs.image_flops(self.spec.policy, self._cut)
         if self._inputs.stored:
             return forward, step
-        prefix = self._costs.forward_flops(self.spec.policy, 0, cut)
+        prefix = self._costs.forward_flops(self.spec.policy, 0, self._cut)
         return forward + prefix, step + prefix
+
+    def _predicted_memory(self) -> int:
+        """Bytes of a training step at the present cut, with the features that are stored for it."""
+        learnable = Sizes.of(self.model).learnable_bytes
+        step = self._costs.memory_at(self.spec.policy, self._cut, learnable, stored=self._inputs.stored)
+        return step + self._inputs.stored_bytes
 
     def _spend(self, forward_flops: float, train_flops: float) -> None:
         self._sums.forward_flops += forward_flops
@@ -309,17 +353,12 @@ class Trial:
         ]
 
     def _measured(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches; once the first steps have warmed the allocator up, the peak of memory is counted anew."""
+        """The batches; the peak of memory is counted anew once the first steps have warmed the allocator up, and at the
+        first step, so that an epoch of few steps does not report what came before it. No step waits for this."""
         for step, batch in enumerate(batches):
-            if step == _WARMUP_STEPS and self.device.type == "cuda":
+            if step in (0, _WARMUP_STEPS) and self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             yield batch
-
-    def _memory(self) -> int:
-        """Bytes of a training step: the peak on CUDA, without the data set that lies there; else the prediction."""
-        if self.device.type != "cuda":
-            return self._cost.memory
-        return torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -330,19 +369,8 @@ class Trial:
         settings = self.spec.policy.learn_drop
         if settings is None:
             return None
-        holders = outermost([unit.name for unit in self._costs.units])
-        sources: dict[str, set[str]] = {}
-        for item in report.replaced:
-            sources.setdefault(holders[item.unit], set()).update(holders[source] for source in item.sources or ())
-        return Dropper(
-            self.model,
-            split(self.model, list(holders)),
-            settings,
-            self.spec.training.epochs,
-            self._optimizer,
-            sources=sources,
-            parameters_of=composed_parameters,
-        )
+        units = [unit.name for unit in self._costs.units]
+        return Dropper(self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units)
 
 
 def _check_classes(spec: TrialSpec, data: ImageData) -> None:

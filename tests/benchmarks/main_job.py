@@ -64,9 +64,10 @@ class IdleTrial:
         """Numbers that differ from policy to policy."""
         self.done = True
         sizes = dict.fromkeys(("params", "params_total", "learnable_params", "memory", "memory_predicted"), 1000)
+        sizes |= {"mean_learnable_params": 1000, "step_memory": 1000, "dropped_units": 0}
         sums = dict.fromkeys(("train_flops", "forward_flops", "train_seconds", "samples_per_second"), self._result)
-        losses = {"validation_loss": 1.0, "train_loss": 1.0, "lr": 0.1}
-        return EpochMetrics(1, 1, self._result, **losses, **sizes, **sums, dropped_units=0, device="cpu")
+        losses = {"validation_loss": 1.0, "train_loss": 1.0, "lr": 0.1, "forward_share": 1.0}
+        return EpochMetrics(1, 1, self._result, **losses, **sizes, **sums, learning=(), left=(), device="cpu")
 
 
 class IdleTrainable(TrialTrainable):

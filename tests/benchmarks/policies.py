@@ -34,7 +34,7 @@ def replaced(block: str) -> Policy:
 
 def dropped(features: str) -> Policy:
     """Settled layers leave in the second half of the training, seven tenths of them at most."""
-    return Policy(learn_drop=LearnDrop(threshold=0.15, patience=1, warmup=0.5, max_fraction=0.7, features=features))
+    return Policy(learn_drop=LearnDrop(threshold=0.75, patience=1, warmup=0.5, max_fraction=0.7, features=features))
 
 
 SETTINGS: Mapping[str, Policy] = {

@@ -10,7 +10,9 @@ import time
 import pytest
 
 CODE = """
-import atexit, sys, time
+import atexit, signal, sys, time
+# As in a terminal: a test run in the background inherits an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from rlsearch.cli.ctrl_c import handle_ctrl_c
 handle_ctrl_c()
 class Late:

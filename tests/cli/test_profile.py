@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlsearch import LearnDrop, ModelSpec, Policy, Replacement, build_model
+from rlsearch import Policy, Replacement, build_model
 from rlsearch.cli.profile_content import profile_content
 from rlsearch.cli.profile_table import policy_tables, units_table
 from rlsearch.errors import ConfigError, SurgeryError
@@ -170,14 +170,6 @@ def test_mistakes_are_named(resnet56: CostModel) -> None:
         content_of(resnet56, pattern="layer9*")
     with pytest.raises(SurgeryError, match="layer9"):
         content_of(resnet56, Policy(replacements=(Replacement("layer9.0", "skip"),)))
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("policy") / "policy.json"
-    replacements = (Replacement("layer1.1", "scalar"), Replacement("layer2.2", "skip"))
-    Policy(ModelSpec("resnet20"), replacements, LearnDrop()).save(path)
-    return path
 
 
 def test_the_command_prints_json(policy: Path) -> None:

@@ -109,7 +109,7 @@ def test_missing_data_are_a_warning_and_the_costs_are_told_all_the_same(
     monkeypatch.chdir(tmp_path)
     done = validate(str(ROOT / "search_spaces" / "cifar10_resnet20.yaml"), "--json")
     found = content(done)
-    assert (done.returncode, found["valid"], found["size"]) == (0, True, 903)
+    assert (done.returncode, found["valid"], found["size"]) == (0, True, 516)
     (warning,) = found["warnings"]
     assert "cifar10" in warning
     assert "the search will not start without them; the costs are for images of 3x32x32" in warning

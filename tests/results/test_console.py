@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlsearch.policy import Policy, Replacement
+from rlsearch.policy import LearnDrop, Policy, Replacement
 from rlsearch.results import front, read_run, select
 from rlsearch.results.console import render_front
-from rlsearch.results.selection import Selection
-from rlsearch.results.tables import Run
+from rlsearch.results.selection import Selection, policy_of
+from rlsearch.results.tables import Run, epochs_path
 from rlsearch.results.where import parse_where
 
 TWO = {"accuracy": "maximize", "params": "minimize"}
@@ -97,3 +97,30 @@ def test_a_realistic_run_fits_eighty_columns(run_folder: Path) -> None:
     assert max(map(len, lines)) <= 80
     others = [record.trial for record in front(run) if record.trial != 0]
     assert [int(row.removeprefix("★ ").split()[0]) for row in rows_of(lines)] == [0, *others]
+
+
+def test_what_learn_drop_did_has_a_table_of_its_own(run_folder: Path, small: Run) -> None:
+    run = read_run(run_folder)
+    lines = shown(run, width=100)
+    assert max(map(len, lines)) <= 100
+    start = next(index for index, line in enumerate(lines) if line.startswith("Learn&Drop"))
+    told = [" ".join(line.split()) for line in lines[start + 4 :]]
+    told = told[: told.index("")]
+    expected = []
+    for record in front(run):
+        if policy_of(record).learn_drop is not None:
+            share, mean = f"{100 * record.forward_share:.1f} %", f"{record.mean_learnable_params:,.0f}"
+            memory = f"{record.memory / 2**20:.1f} → {record.step_memory / 2**20:.1f} MiB"
+            left = f"{record.dropped_units + 1} of 17, after epochs 1 to 2"
+            expected.append(f"{record.trial} {left} {share} {mean} {memory}")
+    assert told == expected
+    assert len(expected) > 1
+    assert not any("Learn&Drop" in line for line in shown(small))
+
+
+def test_a_trial_without_its_epochs_still_tells_its_figures(make_record: Any, make_run: Any) -> None:
+    policy = Policy(learn_drop=LearnDrop())
+    saved = {"forward_share": 0.5, "mean_learnable_params": 70.0, "step_memory": 2**20, "dropped_units": 3}
+    folder = make_run([make_record(0), make_record(1, policy, params=80, **saved)])
+    epochs_path(folder, 1).unlink()
+    assert "★ 1 3 units 50.0 % 70 1.0 MiB" in [" ".join(line.split()) for line in shown(read_run(folder))]

@@ -31,9 +31,10 @@ def test_a_policy_on_one_line() -> None:
     assert describe_policy(Policy(replacements=units, learn_drop=drop)) == (
         "scalar layer2.3; skip layer1.2,1.4,1.10; drop<0.012 p2"
     )
-    assert describe_policy(Policy(learn_drop=LearnDrop(features="stored", warmup=0.5))) == (
-        "drop<0.01 p2 warmup=0.5 features=stored"
-    )
+    drop = LearnDrop(threshold=0.01, patience=1, features="stored", warmup=0.5)
+    assert describe_policy(Policy(learn_drop=drop)) == "drop<0.01 p1 warmup=0.5 features=stored"
+    # What a schedule does not look at is not shown.
+    assert describe_policy(Policy(learn_drop=LearnDrop(score="schedule"))) == "drop score=schedule"
 
 
 def test_what_units_share_is_said_once() -> None:
@@ -75,6 +76,8 @@ def test_settings_that_differ_from_the_baseline_are_named(make_record: Any) -> N
         ("forward_flops", 12.0, None, "0.000 MFLOP"),
         ("train_seconds", 4.25, None, "4.2 s"),
         ("samples_per_second", 1014.4, None, "1,014 images/s"),
+        ("forward_share", 0.7126, None, "71.3 %"),
+        ("mean_learnable_params", 312_114.4, None, "312,114"),
         ("params", None, None, "–"),
         ("params", None, 5.0, "–"),
     ],

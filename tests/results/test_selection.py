@@ -149,9 +149,11 @@ def test_the_summary_is_the_contract(run_folder: Path) -> None:
     assert content["counts"] == counts(run) == {"COMPLETE": 21, "PRUNED": 1, "FAIL": 1, "INFEASIBLE": 1}
     assert [item["trial"] for item in content["front"]] == [record.trial for record in front(run)]
     for item in content["front"]:
-        assert set(item) == {"trial", "policy", "values"}
+        assert set(item) == {"trial", "policy", "values", "learn_drop"}
         assert set(item["values"]) == set(run.objectives)
-        assert item["policy"] == policy_of(record_of(run, item["trial"])).to_dict()
+        policy = policy_of(record_of(run, item["trial"]))
+        assert item["policy"] == policy.to_dict()
+        assert (item["learn_drop"] is None) == (policy.learn_drop is None)
     assert content["selected"] == dict(zip(("trial", "why"), select(run), strict=True))
     assert 0 < content["hypervolume"] < 1
 

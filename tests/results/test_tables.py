@@ -26,6 +26,7 @@ COLUMNS = {
     *("trial", "state", "reason", "policy", "policy_hash", "seed", "fidelity", "dropped_units", "device", "started"),
     *("accuracy", "params", "params_total", "memory", "memory_predicted", "train_flops", "forward_flops"),
     *("train_seconds", "samples_per_second", "ended", "origin", "training"),
+    *("forward_share", "mean_learnable_params", "step_memory"),
 }
 
 
@@ -127,6 +128,7 @@ def test_epochs_come_back_as_they_were(tmp_path: Path) -> None:
 def test_the_epochs_table_holds_what_a_trial_reports(tmp_path: Path) -> None:
     metrics = pytest.importorskip("rlsearch.training.metrics")
     values = {"device": "cpu", "accuracy": 0.5, "lr": 0.1, "train_flops": 1.5e12}
+    values |= {"forward_share": 0.75, "mean_learnable_params": 1.5, "learning": ["b", "head"], "left": ["stem", "a"]}
     row = {item.name: values.get(item.name, 3) for item in fields(metrics.EpochMetrics)}
     write_epochs(tmp_path / "epochs.parquet", [metrics.EpochMetrics(**row).to_dict()])
     assert read_epochs(tmp_path / "epochs.parquet") == [row]

@@ -14,12 +14,13 @@ from tensorboard.plugins.hparams import api_pb2, metadata
 
 from rlsearch.policy import LearnDrop, Policy, Replacement
 from rlsearch.results import read_epochs, read_run
+from rlsearch.results.describe import describe_policy
 from rlsearch.results.tables import epochs_path
 from rlsearch.results.tensorboard import hparams_of, write_trial
 
 POLICY = Policy(
     replacements=(Replacement("layer1.2", "skip"), Replacement("layer2.2", "skip"), Replacement("layer3.2", "scalar")),
-    learn_drop=LearnDrop(threshold=0.02, patience=3),
+    learn_drop=LearnDrop(threshold=0.02, patience=3, max_fraction=0.8, features="recompute"),
 )
 EPOCHS = [
     {"epoch": 1, "accuracy": 0.5, "train_loss": 1.5, "train_seconds": 2.0, "device": "cpu", "memory": None},
@@ -53,6 +54,16 @@ def test_the_curves_come_back(tmp_path: Path, make_record: Any) -> None:
     assert math.isnan(events.Scalars("train_loss")[1].value)
 
 
+def test_the_curves_of_learn_drop_come_back(tmp_path: Path, make_record: Any) -> None:
+    curves = {"forward_share": 0.75, "mean_learnable_params": 1000.5, "step_memory": 4096, "dropped_units": 3}
+    names = {"learning": ["head"], "left": ["stem"]}
+    write_trial(tmp_path, make_record(17, POLICY), [{"epoch": 2} | curves | names])
+    events = read(tmp_path / "trial-00017")
+    assert set(events.Tags()["scalars"]) == set(curves)
+    for name, value in curves.items():
+        assert [(point.step, point.value) for point in events.Scalars(name)] == [(2, value)]
+
+
 def test_the_session_of_a_complete_trial(tmp_path: Path, make_record: Any) -> None:
     record = make_record(17, POLICY, accuracy=0.75, params=400_000)
     write_trial(tmp_path, record, EPOCHS, objectives=("accuracy", "params"))
@@ -69,7 +80,7 @@ def test_the_session_of_a_complete_trial(tmp_path: Path, make_record: Any) -> No
 
 def test_the_hyperparameters_of_a_trial(make_record: Any) -> None:
     assert hparams_of(make_record(17, POLICY)) == {
-        "policy": "scalar layer3.2; skip layer1.2,2.2; drop<0.02 p3",
+        "policy": describe_policy(POLICY),
         "origin": "sampler",
         "state": "COMPLETE",
         "seed": 0,
@@ -81,7 +92,7 @@ def test_the_hyperparameters_of_a_trial(make_record: Any) -> None:
         "learn_drop/threshold": 0.02,
         "learn_drop/patience": 3,
         "learn_drop/interval": 1,
-        "learn_drop/warmup": 0.2,
+        "learn_drop/warmup": 0.3,
         "learn_drop/max_fraction": 0.8,
         "learn_drop/features": "recompute",
         "training/epochs": 3,

@@ -59,3 +59,13 @@ def test_all_problems_are_named_at_once() -> None:
     assert "did you mean 'accuracy'" in str(caught.value)
     assert "did you mean 'params'" in str(caught.value)
     assert "got 'memory!1'" in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["forward_share", "mean_learnable_params"])
+def test_what_learn_drop_saves_can_be_asked_for(make_record: Any, metric: str) -> None:
+    (absolute,), (relative,) = parse_where(f"{metric}<=0.75"), parse_where(f"{metric}<0.5x")
+    baseline = make_record(0, **{metric: 2.0})
+    assert absolute.holds(make_record(1, **{metric: 0.75}), baseline)
+    assert not absolute.holds(make_record(1, **{metric: 0.76}), baseline)
+    assert relative.holds(make_record(1, **{metric: 0.99}), baseline)
+    assert not relative.holds(make_record(1, **{metric: 1.0}), baseline)

@@ -15,8 +15,9 @@ from optuna.distributions import BaseDistribution
 from torch import Tensor, nn
 
 from rlsearch.errors import SurgeryError
-from rlsearch.policy import Policy, Replacement
+from rlsearch.policy import LearnDrop, Policy, Replacement
 from rlsearch.replacement import BLOCKS, plan
+from rlsearch.results.describe import describe_policy
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import random_choices
@@ -259,6 +260,25 @@ def test_the_size_counts_what_is_searched_beside_and_names_what_is_continuous() 
     assert policies.num_replacements() == 8
     assert policies.num_points() == 8 * (1 + 3) * 2 * 3
     assert policies.continuous() == ("learn_drop.threshold",)
+
+
+def test_a_searched_score_decides_what_is_searched_beside_it() -> None:
+    drop = {"patience": {"low": 1, "high": 3}, "score": ["param_change", "schedule"], "features": ["auto", "recompute"]}
+    content = {"model": {"name": "resnet20"}, "data": {"name": "digits"}, "space": {"learn_drop": drop}}
+    policies = PolicySpace(parse_space(content), resnet(), (3, 16, 16))
+    found = list(policies.everything())
+    # Off; measured, with 3 patiences; by schedule, where patience plays no part.
+    assert policies.num_points() == len(found) == 1 + 2 * (3 + 1)
+    assert len({point.policy.hash for point in found}) == len(found)
+    scheduled = [point for point in found if point.params.get("learn_drop.score") == "schedule"]
+    assert all("learn_drop.patience" not in point.params for point in scheduled)
+    assert {point.policy.learn_drop.patience for point in scheduled if point.policy.learn_drop} == {2}
+    for point in found:
+        assert policies.point({}, point.policy.learn_drop, point.training).params == point.params
+    assert {describe_policy(point.policy) for point in scheduled} == {
+        describe_policy(Policy(learn_drop=LearnDrop(score="schedule", features=features)))
+        for features in ("auto", "recompute")
+    }
 
 
 @pytest.mark.parametrize("blocks", [["skip", "scalar", "channel"], ["skip", "bypass", "scalar"]])

@@ -101,7 +101,7 @@ def points(proposals: list[Proposal]) -> list[tuple[str, Any]]:
 
 
 def test_the_baseline_and_the_controls_come_first() -> None:
-    space = {"replacement": {"blocks": ["scalar", "skip"]}, "learn_drop": {"threshold": {"low": 0.001, "high": 0.1}}}
+    space = {"replacement": {"blocks": ["scalar", "skip"]}, "learn_drop": {"threshold": {"low": 0.3, "high": 0.9}}}
     policies = policies_of(space=space)
     baseline, skip, freeze, first = search(sampler_of(policies), new_study(), 4)
     assert [item.origin for item in (baseline, skip, freeze, first)] == [
@@ -121,7 +121,7 @@ def test_the_baseline_and_the_controls_come_first() -> None:
     ]
     assert skip.policy.learn_drop is None
     assert freeze.policy.replacements == ()
-    assert freeze.policy.learn_drop == LearnDrop(threshold=0.01)
+    assert freeze.policy.learn_drop == LearnDrop()
     assert all(item.params for item in (baseline, skip, freeze, first))
 
 

@@ -38,6 +38,9 @@ def test_what_is_compared_at_a_rung() -> None:
     at_third = metrics(0.5, params=40, epoch=3)
     assert losses_at_rung(at_third, OBJECTIVES) == (-0.5, 40.0, 10.0, 7.0)
     assert losses_at_rung(at_third, ("forward_flops", "accuracy", "train_seconds")) == (-0.5, 2.0, 7.0)
+    # A mean over the images so far is compared as it is.
+    means = metrics(0.5, epoch=3, forward_share=0.75, mean_learnable_params=60.5)
+    assert losses_at_rung(means, ("mean_learnable_params", "forward_share", "accuracy")) == (-0.5, 60.5, 0.75)
     # One measure stands for several objectives, and is compared once.
     assert losses_at_rung(at_third, ("memory", "memory_predicted", "train_flops", "samples_per_second")) == (
         -0.5,

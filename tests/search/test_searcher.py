@@ -94,7 +94,8 @@ def rows(count: int, **metrics: float) -> tuple[Mapping[str, Any], ...]:
     measured = BASELINE | metrics
     fixed: dict[str, Any] = {"validation_loss": 0.4, "train_loss": 0.5, "lr": 0.1, "params_total": 272_474}
     fixed |= {"learnable_params": 272_474, "memory_predicted": 9_000_000, "forward_flops": 3e9, "train_seconds": 1.5}
-    fixed |= {"samples_per_second": 80.0, "dropped_units": 0, "device": "cpu"}
+    fixed |= {"samples_per_second": 80.0, "dropped_units": 0, "device": "cpu", "step_memory": 8_000_000}
+    fixed |= {"forward_share": 0.8, "mean_learnable_params": 250_000.0, "learning": ("head",), "left": ("stem",)}
     return tuple(EpochMetrics(epoch=e, epochs=2, **{**fixed, **measured}).to_dict() for e in range(1, count + 1))
 
 

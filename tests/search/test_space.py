@@ -20,6 +20,7 @@ from rlsearch.search.constraints import Constraint, parse_constraints
 from rlsearch.search.ranges import default_of, parse_distribution, size_of, to_plain, values_of
 from rlsearch.search.settings import parse_duration
 from rlsearch.search.space import DEFAULT_OBJECTIVES, SearchSpace, load_space, parse_space
+from rlsearch.search.summary import summarize
 from rlsearch.search.variants import variants_of
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -68,7 +69,7 @@ def test_the_digits_space_says_what_its_file_says() -> None:
     assert (space.model.name, space.data.name, space.num_classes) == ("resnet32", "digits", None)
     assert (space.training.epochs, space.training.batch_size, space.training.lr) == (9, 64, 0.1)
     assert space.searched == {
-        "learn_drop.threshold": FloatDistribution(2e-2, 3e-1, log=True),
+        "learn_drop.threshold": FloatDistribution(0.3, 0.8),
         "learn_drop.patience": IntDistribution(1, 3),
     }
     assert space.objectives == DEFAULT_OBJECTIVES
@@ -76,8 +77,8 @@ def test_the_digits_space_says_what_its_file_says() -> None:
     assert space.replacement is not None
     assert (space.replacement.units, space.replacement.roles) == (("layer*",), ("block",))
     assert space.replacement.blocks == ("skip", "scalar", "channel", "lowrank")
-    # The freeze control takes the usual threshold, 0.01, only where the range holds it; else the range's middle.
-    assert space.learn_drop == LearnDrop(threshold=math.sqrt(2e-2 * 3e-1))
+    # The freeze control takes the usual threshold where the range holds it.
+    assert space.learn_drop == LearnDrop(threshold=0.65, features="stored")
     assert (space.search.trials, space.search.seed, space.search.min_epochs) == (40, 0, None)
     assert (space.resources.cpu, space.resources.gpu) == (1.0, None)
 
@@ -451,14 +452,79 @@ def test_variants_are_named_by_what_is_listed_in_the_order_of_the_blocks_own_opt
     assert [variant.sources for variant in found.values()] == ["adjacent", "adjacent", None, "adjacent"]
 
 
-def test_a_model_without_chains_can_still_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "from torch import nn\ndef build(num_classes): return nn.Sequential(nn.Conv2d(3, num_classes, 32))\n"
+def test_a_model_without_chains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from torch import nn\ndef build(num_classes): return nn.Sequential(nn.Conv2d(3, num_classes, 8))\n"
     (tmp_path / "plain_model.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    content = small(model={"name": "plain_model:build"})
+    for section in ("replacement", "learn_drop"):
+        content = small(model={"name": "plain_model:build"}, space={section: {}})
+        (problem,) = check_space(parse_space(content))
+        assert problem.key == f"space.{section}"
+
+
+UNCUT = """
+from torch import nn
+
+class Uncut(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.units = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+        self.head = nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        return self.head((self.units(images) + images).mean((2, 3)))
+"""
+
+
+def test_learn_drop_is_refused_where_nothing_could_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "uncut_model.py").write_text(UNCUT, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = small(model={"name": "uncut_model:Uncut"}, space={"learn_drop": {}})
     (problem,) = check_space(parse_space(content))
-    assert problem.key == "space.replacement"
-    assert check_space(parse_space({**content, "space": {"learn_drop": {}}})) == []
+    assert problem.key == "space.learn_drop"
+    assert problem.message.startswith("nothing of uncut_model:Uncut can leave training: behind units.0 the value of")
+    assert problem.message.endswith("; leave learn_drop out")
+    # Replaced it can be all the same.
+    content["space"] = {"replacement": {"units": "units.*", "blocks": ["skip"]}}
+    assert check_space(parse_space(content)) == []
+    content["space"]["learn_drop"] = {}
+    assert [problem.key for problem in check_space(parse_space(content))] == ["space.learn_drop"]
+    content["model"] = {"name": "resnet20"}
+    content["space"]["replacement"]["units"] = "layer*"
+    assert check_space(parse_space(content)) == []
+
+
+def test_the_data_say_what_a_model_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "from torch import nn\n"
+        "def build(num_classes): return nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(3)], nn.Flatten(), "
+        "nn.Linear(3 * 28 * 28, num_classes))\n"
+    )
+    (tmp_path / "fixed_size_model.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = small(model={"name": "fixed_size_model:build"}, space={"learn_drop": {}})
+    for data in ({"name": "fashionmnist"}, {"name": "imagefolder:nowhere", "image_size": 28}):
+        assert check_space(parse_space(content | {"data": data})) == []
+    assert [problem.key for problem in check_space(parse_space(content))] == ["space.learn_drop"]
+    # Grey images that are not at hand are costed as what they are expanded to.
+    content |= {"model": {"name": "resnet20"}, "data": {"name": "fashionmnist", "root": str(tmp_path)}}
+    summary = summarize(parse_space(content), num_samples=2)
+    assert "the costs are for images of 3x28x28" in summary.warnings[0]
+
+
+def test_a_score_may_be_searched() -> None:
+    scores = ["schedule", "param_change"]
+    space = parse_space(small(space={"learn_drop": {"score": scores, "threshold": {"low": 0.2, "high": 0.8}}}))
+    assert space.searched["learn_drop.score"] == CategoricalDistribution(scores)
+    assert space.learn_drop == LearnDrop(score="param_change")
+    assert space.to_dict()["space"]["learn_drop"]["score"] == scores
+    found = problems_of(small(space={"learn_drop": {"score": ["param_change", "param_chnge"]}}))
+    assert "did you mean 'param_change'?" in found["space.learn_drop.score"]
+    # What plays no part would only make equal trainings look different.
+    idle = {"score": "schedule", "threshold": {"low": 0.2, "high": 0.8}, "patience": [1, 2], "warmup": [0.1, 0.2]}
+    found = problems_of(small(space={"learn_drop": idle}))
+    assert set(found) == {"space.learn_drop.threshold", "space.learn_drop.patience"}
+    assert "with score schedule it plays no part; give one value" in found["space.learn_drop.patience"]
 
 
 def test_a_space_is_frozen() -> None:

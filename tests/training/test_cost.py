@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlsearch import Policy, Replacement, apply_policy, build_model, estimate_cost
 from rlsearch.errors import ConfigError, ModelError, SurgeryError
+from rlsearch.model_graph import split
 from rlsearch.replacement import BLOCKS, learnable_params
 from rlsearch.training.cost import CostModel
 from rlsearch.training.kinds import Kinds
 from rlsearch.training.loop import TrainingSpec, build_optimizer
+from rlsearch.training.sizes import Sizes
 
 SHAPE = (3, 16, 16)
 BATCH = 4
@@ -298,6 +301,77 @@ def test_dropped_segments_cost_nothing() -> None:
     assert cuts[3][0] == cuts[2][0]
     # The head alone: a linear layer's forward pass and the gradient of its weight, not of its input.
     assert cuts[-1] == (2 * 64 * 10, 2 * 2 * 64 * 10)
+
+
+def held_at(model: nn.Module, cut: int, units: Sequence[str], optimizer_name: str, *, stored: bool) -> tuple[int, int]:
+    """FLOPs of the learning part's step, and the bytes of that step, read off a real one of a model whose segments
+    before ``cut`` are frozen; what they give is stored, or made in the step."""
+    segments = [segment.module for segment in split(model, units)]
+    learning = {id(parameter) for segment in segments[cut:] for parameter in segment.parameters()}
+    for segment in segments[:cut]:
+        for parameter in segment.parameters():
+            parameter.requires_grad_(id(parameter) in learning)
+    images = torch.randn(BATCH, *SHAPE)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    features = images
+    with torch.no_grad():
+        for segment in segments[:cut]:
+            features = segment(features)
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = features
+            for segment in segments[cut:]:
+                logits = segment(logits)
+            loss = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.int64), reduction="sum")
+        loss.backward()
+    optimizer = build_optimizer(TrainingSpec(optimizer=optimizer_name), model)
+    optimizer.step()
+    held = [*saved, features if stored else images, *model.parameters(), *model.buffers()]
+    held += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return counter.get_total_flops(), sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "kwargs"), [("resnet20", "sgd", {}), ("vit_tiny", "adamw", {"image_size": 16})]
+)
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_memory_at_a_cut_is_what_such_a_step_holds(
+    name: str, optimizer: str, kwargs: dict[str, object], stored: bool
+) -> None:
+    source = random.Random(2)
+    costs = CostModel(build_model(name, **kwargs), SHAPE, BATCH, optimizer)
+    units = [unit.name for unit in costs.units]
+    for policy in [Policy(), random_policy(costs, source)]:
+        for cut in [0, *source.sample(range(1, len(costs.segments)), 2)]:
+            model = build_model(name, **kwargs).train()
+            apply_policy(model, policy, units=costs.units)
+            flops, num_bytes = held_at(model, cut, units, optimizer, stored=stored)
+            learnable = Sizes.of(model).learnable_bytes
+            # Tensors of a few elements may be kept by one path alone.
+            assert costs.memory_at(policy, cut, learnable, stored=stored) == pytest.approx(num_bytes, rel=1e-3), cut
+            assert costs.image_flops(policy, cut)[1] * BATCH == flops, (cut, policy.replacements)
+            if cut == 0:
+                assert costs.memory_at(policy, cut, learnable, stored=stored) == costs.cost(policy).memory
+
+
+def test_a_unit_that_is_left_out_behind_the_cut_passes_no_gradient_on() -> None:
+    policy = Policy(replacements=(Replacement("layer1.1", "skip"),))
+    costs = CostModel(build_model("resnet20"), SHAPE, BATCH)
+    model = build_model("resnet20").train()
+    apply_policy(model, policy)
+    assert costs.segments[2].name == "layer1.1"
+    flops, num_bytes = held_at(model, 2, [unit.name for unit in costs.units], "sgd", stored=True)
+    assert costs.image_flops(policy, 2)[1] * BATCH == flops
+    assert costs.image_flops(policy, 2) == costs.image_flops(policy, 3)
+    learnable = Sizes.of(model).learnable_bytes
+    assert costs.memory_at(policy, 2, learnable, stored=True) == pytest.approx(num_bytes, abs=64)
 
 
 def test_a_model_that_cannot_be_traced_is_costed_whole() -> None:

@@ -14,10 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlsearch.learn_drop import Dropper, FeatureCache
-from rlsearch.model_graph import Segment, split
+from rlsearch.learn_drop import Dropper, FeatureCache, feature_store, feature_times
 from rlsearch.policy import LearnDrop
-from rlsearch.training import feature_inputs, feature_times
 from rlsearch.training.data import ImageData, ImageSplit
 from rlsearch.training.device_data import DeviceData
 from rlsearch.training.feature_inputs import CacheWork, TrainingInputs
@@ -82,8 +80,8 @@ class Setup:
         self.model = model()
         self.data = DeviceData(data or image_data(), CPU)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        segments = [Segment(str(index), module, (str(index),)) for index, module in enumerate(self.model)]
-        self.dropper = Dropper(self.model, segments, LearnDrop(features=features), 9, optimizer)
+        units = [str(index) for index in range(len(self.model))]
+        self.dropper = Dropper(self.model, optimizer, 9, LearnDrop(features=features), units=units)
         self.inputs = TrainingInputs(self.data, self.model, self.dropper, BATCH, 0, precision, **options)
 
     def cut_to(self, cut: int, remaining: int | None = None) -> CacheWork | None:
@@ -121,20 +119,20 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(feature_store, "available_bytes", lambda device: 0)
 
 
 @pytest.mark.parametrize("tier", ["device", "file"])
 @torch.no_grad()
 def test_logits_of_a_resnet_are_the_recomputed_ones(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if tier == "file":
-        monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 0)
+        monkeypatch.setattr(feature_store, "available_bytes", lambda device: 0)
     torch.manual_seed(0)
     model = build_model("resnet20").to(memory_format=torch.channels_last)
     data = DeviceData(image_data(), CPU)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = [name for name, _ in model.named_modules() if name.startswith("layer") and name.count(".") == 1]
-    dropper = Dropper(model, split(model, names), LearnDrop(features="stored"), 9, optimizer)
+    dropper = Dropper(model, optimizer, 9, LearnDrop(features="stored"), units=names)
     inputs = TrainingInputs(data, model, dropper, BATCH, 0, "fp32", scratch=tmp_path)
     model.train()
     model(data.view(torch.arange(COUNT)))  # moves the batch norms' statistics off their start
@@ -248,7 +246,7 @@ def test_a_file_serves_where_memory_is_short(tmp_path: Path, no_memory: None) ->
     setup.cut_to(3)
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_inputs, "available_bytes", lambda device: 1 << 30)
+        patch.setattr(feature_store, "available_bytes", lambda device: 1 << 30)
         memory.cut_to(3)
     assert memory.cache.store.tier == "device"
     assert memory.inputs.stored_bytes == memory.cache.form.num_bytes
@@ -360,11 +358,11 @@ def test_a_resumed_run_takes_its_file(tmp_path: Path, no_memory: None, monkeypat
     leftover(tmp_path, monkeypatch)
     setup = Setup(scratch=tmp_path, run="one")
     fails_at(monkeypatch, setup, 2, AssertionError("the first call shows the shape; more are not needed"))
-    assert setup.cut_to(2) is None
+    assert setup.cut_to(2) == CacheWork(2 * COUNT, 0, 2), "counted as in a training that was not killed"
     assert setup.inputs.stored
     fresh = Setup()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_inputs, "available_bytes", lambda device: 1 << 30)
+        patch.setattr(feature_store, "available_bytes", lambda device: 1 << 30)
         fresh.cut_to(2)
     assert torch.equal(setup.features(), fresh.features())
 

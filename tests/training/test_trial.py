@@ -14,8 +14,8 @@ import torch
 import rlsearch
 from rlsearch import DataSpec, EpochMetrics, LearnDrop, ModelSpec, Policy, Replacement, TrainingSpec, TrialSpec
 from rlsearch.errors import ConfigError, DivergedError, SurgeryError, UserError
+from rlsearch.learn_drop import feature_store
 from rlsearch.replacement import learnable_params, materialize
-from rlsearch.training import feature_inputs
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.trial import Trial, run_trial
@@ -39,12 +39,13 @@ def _one_thread() -> Any:
 
 
 def spec(policy: Policy | None = None, seed: int = 0, **training: Any) -> TrialSpec:
-    settings = TrainingSpec(**{"epochs": 4, "batch_size": 32, "lr": 0.05} | training)
+    # Without a warm-up of the rate the first epoch moves the layers most: they have settled soon after.
+    settings = TrainingSpec(**{"epochs": 4, "batch_size": 32, "lr": 0.05, "warmup_epochs": 0.0} | training)
     return TrialSpec(ModelSpec("resnet20"), DATA, settings, policy or Policy(), seed)
 
 
 def drop(features: str = "recompute", **settings: Any) -> LearnDrop:
-    return LearnDrop(**{"threshold": 0.6, "patience": 1, "warmup": 0.0, "features": features} | settings)
+    return LearnDrop(**{"threshold": 0.9, "patience": 1, "warmup": 0.0, "features": features} | settings)
 
 
 def without_times(metrics: EpochMetrics) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def test_replaced_units_train_and_materialize(digits: ImageData) -> None:
 
 @pytest.mark.parametrize("features", ["recompute", "stored"])
 def test_dropped_layers_stand_still_and_cost_less(digits: ImageData, features: str) -> None:
-    trial = Trial(spec(Policy(learn_drop=drop(features)), epochs=4), data=digits, device="cpu")
+    trial = Trial(spec(Policy(learn_drop=drop(features)), epochs=6), data=digits, device="cpu")
     cuts, frozen = [], {}
     while not trial.done:
         metrics = trial.run_epoch()
@@ -108,7 +109,7 @@ def test_dropped_layers_stand_still_and_cost_less(digits: ImageData, features: s
     assert 0 < cuts[1] <= cuts[-1]
     assert metrics.learnable_params < metrics.params == 272_474
     full = rlsearch.estimate_cost(rlsearch.build_model("resnet20"), Policy(), (3, 8, 8), 32)
-    images = len(digits.train.labels) * 4
+    images = len(digits.train.labels) * 6
     assert metrics.train_flops < 0.9 * full.step_flops * images
     if features == "recompute":
         assert metrics.forward_flops == pytest.approx(full.forward_flops * images)
@@ -135,12 +136,12 @@ def test_a_unit_leaves_with_all_that_its_parts_borrow_from(digits: ImageData) ->
         "layer2.2": set(),
     }
     # The stem and the first three units have settled; layer1.1 and layer1.2 wait for layer1.3.
-    dropper._measure = lambda: None  # type: ignore[method-assign]
+    dropper._score = lambda: None  # type: ignore[method-assign]
     dropper._settled_for = [1, 1, 1, 1, *[0] * 12]
-    assert dropper.end_epoch(1)
+    assert dropper.end_epoch()
     assert dropper.cut == 2
     dropper._settled_for = [1, 1, 1, 1, 1, *[0] * 11]
-    assert dropper.end_epoch(2)
+    assert dropper.end_epoch()
     assert (dropper.cut, dropper.dropped_units) == (5, 4)
 
 
@@ -203,8 +204,8 @@ def test_resuming_gives_the_same_weights(digits: ImageData, tmp_path: Path) -> N
 def test_stored_features_give_way_when_memory_is_short(
     digits: ImageData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 1000)
-    monkeypatch.setattr(feature_inputs, "available_disk_bytes", lambda folder: 1000)
+    monkeypatch.setattr(feature_store, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(feature_store, "available_disk_bytes", lambda folder: 1000)
     short = list(run_trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu"))
     assert "stored features need" in caplog.text
     recomputed = list(run_trial(spec(Policy(learn_drop=drop("recompute"))), data=digits, device="cpu"))
@@ -215,7 +216,7 @@ def test_features_that_fit_no_memory_are_stored_in_a_file_for_as_long_as_they_ar
     digits: ImageData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     in_memory = list(run_trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu"))
-    monkeypatch.setattr(feature_inputs, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(feature_store, "available_bytes", lambda device: 1000)
     trial = Trial(spec(Policy(learn_drop=drop("stored"))), data=digits, device="cpu", scratch=tmp_path)
     files: list[int] = []
     accuracies = []

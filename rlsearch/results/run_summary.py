@@ -1,0 +1,62 @@
+"""What ``rlsearch pareto --json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rlsearch.results.departures import departures_of
+from rlsearch.results.selection import (
+    baseline,
+    counts,
+    front,
+    normalised_hypervolume,
+    policy_of,
+    select,
+    values_of,
+)
+from rlsearch.results.tables import Run, TrialRecord
+from rlsearch.results.where import Condition
+
+
+def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dict[str, Any]:
+    """The front, the baseline and the pick, in plain types.
+
+    Raises:
+        UserError: as `rlsearch.results.select`.
+        RunFolderError: as `rlsearch.results.select`, or a table of epochs is damaged.
+    """
+    selected = select(run, key, where)
+    reference = baseline(run)
+    return {
+        "objectives": dict(run.objectives),
+        "baseline": None if reference is None else {"trial": reference.trial, "values": values_of(run, reference)},
+        "front": [
+            {
+                "trial": record.trial,
+                "policy": policy_of(record).to_dict(),
+                "values": values_of(run, record),
+                "learn_drop": _learn_drop(run, record),
+            }
+            for record in front(run, where)
+        ],
+        "counts": counts(run),
+        "hypervolume": normalised_hypervolume(run),
+        "selected": {"trial": selected.trial, "why": selected.why},
+    }
+
+
+def _learn_drop(run: Run, record: TrialRecord) -> dict[str, Any] | None:
+    """What Learn&Drop did in a trial; None where its policy has none. The names and cuts need the trial's epochs."""
+    if policy_of(record).learn_drop is None:
+        return None
+    found = departures_of(run, record)
+    return {
+        "forward_share": record.forward_share,
+        "mean_learnable_params": record.mean_learnable_params,
+        "step_memory": record.step_memory,
+        "dropped_units": record.dropped_units,
+        "layers": None if found is None else list(found.layers),
+        "cuts": None if found is None else [asdict(cut) | {"left": list(cut.left)} for cut in found.cuts],
+    }
