@@ -55,7 +55,8 @@ class Departures:
 
 def departures(rows: Sequence[Mapping[str, Any]]) -> Departures | None:
     """What the epochs of a trial tell, as ``EpochMetrics.to_dict()`` gives them; None where there is no Learn&Drop."""
-    if not rows or not rows[-1].get("learning"):
+    learning = next((row["learning"] for row in reversed(rows) if row.get("learning")), None)
+    if learning is None:
         return None
     afterwards = [row.get("step_memory") for row in rows[1:]]
     cuts = [
@@ -63,7 +64,7 @@ def departures(rows: Sequence[Mapping[str, Any]]) -> Departures | None:
         for row, after in zip(rows, [*afterwards, None], strict=True)
         if row.get("left")
     ]
-    layers = (*(name for cut in cuts for name in cut.left), *rows[-1]["learning"])
+    layers = (*(name for cut in cuts for name in cut.left), *learning)
     return Departures(layers, rows[-1]["epoch"], tuple(cuts))
 
 

@@ -35,7 +35,7 @@ class EpochMetrics:
         samples_per_second: training images per second, over the trial so far.
         dropped_units: how many units have left training.
         learning: the names of the layers (the stem, units, the head) that learn after this epoch's cut, in forward
-            order; empty where there is no Learn&Drop.
+            order; told in the first epoch and wherever the cut has moved, else empty, as it is without Learn&Drop.
         left: the names of those that left with this epoch's cut, in forward order.
         device: what it ran on, as torch names it.
     """

@@ -238,7 +238,7 @@ class Trial:
             train_seconds=self._sums.train_seconds,
             samples_per_second=self._sums.num_images / self._sums.train_seconds,
             dropped_units=self._dropper.dropped_units if self._dropper else 0,
-            learning=self._dropper.layers[self._cut :] if self._dropper else (),
+            learning=self._learning() if self.epochs_done == 1 or trained.left else (),
             left=trained.left,
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         )
@@ -324,6 +324,10 @@ class Trial:
     def _cut(self) -> int:
         """How many layers have left."""
         return self._dropper.cut if self._dropper else 0
+
+    def _learning(self) -> tuple[str, ...]:
+        """The names of the layers that learn."""
+        return self._dropper.layers[self._cut :] if self._dropper else ()
 
     def _image_flops(self) -> tuple[float, float]:
         """Operations of one image, forward and in all, at the present cut."""

@@ -28,7 +28,7 @@ def rows(*cuts: int) -> list[dict[str, Any]]:
             "accuracy": 0.2 * epoch,
             "step_memory": memory,
             "left": list(LAYERS[before:cut]),
-            "learning": list(LAYERS[cut:]),
+            "learning": list(LAYERS[cut:]) if epoch == 1 or cut > before else [],
         }
         for epoch, (before, cut, memory) in enumerate(zip((0, *cuts), cuts, MEMORY, strict=False), start=1)
     ]
