@@ -315,10 +315,10 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy lost against time, a panel a case."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    columns = min(3, len(cases))
+    columns = 2 if len(cases) in (2, 4) else min(3, len(cases))
     lines = -(-len(cases) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     kinds = {
         "end-to-end": ("#616e7c", "s"),
         "default": ("#d9480f", "*"),
@@ -349,7 +349,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_xlabel("time, end-to-end = 1")
         panel.set_ylabel("accuracy − end-to-end, points")
         panel.set_xlim(left=0)
-    for panel in panels:
+    for panel in panels[len(cases) :]:
         panel.remove()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds), fontsize=9)
     figure.savefig(path, dpi=130)

@@ -135,6 +135,17 @@ def test_the_settled_prefix_is_dropped_after_patience() -> None:
     assert (dropper.cut, dropper.dropped_units, dropper.epochs_done) == (3, 2, 5)
 
 
+def test_patience_counts_measurements_in_a_row() -> None:
+    net, dropper, _ = make(LearnDrop(threshold=0.6, patience=2, warmup=0.0, max_fraction=1.0))
+    moved = []
+    # The stem's average is 0.5, 0.25, 0.375, 0.19 and 0.09: below 0.6 of its greatest, 0.3, in the second, fourth and
+    # fifth epoch.
+    for stem_moves in (True, False, True, False, False):
+        move(net, ["stem"] if stem_moves else [])
+        moved.append(dropper.end_epoch())
+    assert moved == [False, False, False, False, True]
+
+
 def test_the_head_is_never_dropped_and_the_cap_holds() -> None:
     _, dropper, _ = make()
     assert [dropper.end_epoch() for _ in range(2)] == [False, True]
@@ -245,10 +256,11 @@ def test_what_runs_on_both_sides_of_the_cut_has_the_mode_of_the_side() -> None:
     net = OneDropout()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     dropper = Dropper(net, optimizer, 10, settings(), units=["layers.0", "layers.1", "layers.2"])
-    cut_to(dropper, 1)
+    # A segment ends with its layer: what stands behind the first one runs in the second segment, and in the third.
+    cut_to(dropper, 2)
     dropper.train_mode()
     inputs = torch.randn(4, 64)
-    assert torch.equal(dropper.prefix(inputs), net.layers[0](inputs))
+    assert torch.equal(dropper.prefix(inputs), net.layers[1](net.layers[0](inputs)))
     assert (dropper(inputs) == 0).float().mean() > 0.3  # the learning side drops out
     net.eval()
     assert torch.equal(dropper(inputs), net(inputs))
