@@ -192,14 +192,15 @@ def why_not_cut(model: nn.Module, unit_names: Sequence[str]) -> str:
     graph = _trace(model, unit_names)
     flow = _Flow(graph)
     units = [node for node in graph.nodes if node.op == "call_module" and node.target in set(unit_names)]
-    for node in units[:1]:
-        others = [other for other in flow.alive_after(node) if other is not node]
-        if others:
-            needed, user = others[0], max(others[0].users, key=flow.position.__getitem__)
-            return f"behind {node.target} the value of {_said(needed)} is still needed, by {_said(user)}"
-        if flow.alive_after(node) == [node]:
-            return f"{node.target} ends it, and nothing behind it would go on learning"
-    return f"its own forward calls none of its units, so that it cannot be cut at their ends ({', '.join(unit_names)})"
+    if not units:
+        named = ", ".join(unit_names)
+        return f"its own forward calls none of its units, so that it cannot be cut at their ends ({named})"
+    first = units[0]
+    others = [node for node in flow.alive_after(first) if node is not first]
+    if not others:
+        return f"{first.target} ends it, and nothing behind it would go on learning"
+    user = max(others[0].users, key=flow.position.__getitem__)
+    return f"behind {first.target} the value of {_said(others[0])} is still needed, by {_said(user)}"
 
 
 def _said(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsearch.errors import ModelError
-from rlsearch.learn_drop.scores import gradient_changes, rate_ratio, relative_changes
+from rlsearch.learn_drop.scores import gradient_change, rate_ratio, relative_changes
 
 # The tensors by which a layer's learning is measured.
 TensorsOf = Callable[[nn.Module], Sequence[Tensor]]
@@ -178,7 +178,7 @@ class GradChange(Measure):
         self._sums.clear()
         # Out of nothing (a layer that was frozen until now) comes no change that could be told from others.
         return [
-            None if old is None or old == 0 < now else gradient_changes([now], [old])[0]
+            None if old is None or old == 0 < now else gradient_change(now, old)
             for now, old in zip(norms, before, strict=True)
         ]
 

@@ -41,12 +41,12 @@ def rate_ratio(rate: float, greatest: float) -> float:
     return rate / greatest if greatest > 0 else 0.0
 
 
-def gradient_changes(current: Sequence[float], previous: Sequence[float]) -> list[float]:
-    """For every layer, |G(t) - G(t-1)| / (G(t-1) + epsilon), with G the norm of the gradients' sum over an interval.
+def gradient_change(current: float, previous: float) -> float:
+    """|G(t) - G(t-1)| / (G(t-1) + epsilon), with G the norm of the sum of a layer's gradients over an interval.
 
     Source: the freezing test of AutoFreeze (arXiv 2102.01386), as METHODS has it: reconstruction.
     """
-    return [abs(now - before) / (before + _EPSILON) for now, before in zip(current, previous, strict=True)]
+    return abs(current - previous) / (previous + _EPSILON)
 
 
 def scheduled_layers(progress: float, warmup: float, num_layers: int) -> int:

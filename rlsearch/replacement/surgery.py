@@ -43,9 +43,15 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """The replacements of a policy, all of them possible, in forward order."""
+    """The replacements of a policy, all of them possible, in forward order.
+
+    Attributes:
+        replacements: one a unit.
+        units: the names of all units of the model, in forward order; empty for a policy that replaces nothing.
+    """
 
     replacements: tuple[PlannedUnit, ...]
+    units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def plan_untouched(model: nn.Module, policy: Policy, units: Sequence[Unit]) -> S
     if problems:
         raise SurgeryError(_message(policy, problems))
     position = {unit.name: index for index, unit in enumerate(units)}
-    return SurgeryPlan(tuple(sorted(planned, key=lambda item: position[item.unit.name])))
+    return SurgeryPlan(tuple(sorted(planned, key=lambda item: position[item.unit.name])), tuple(position))
 
 
 def apply_policy(
@@ -156,12 +162,10 @@ def apply_policy(
         SurgeryError: replacements that cannot be made, all of them at once; the model is as it was.
         ModelError: the units of the model cannot be found.
     """
-    if policy.replacements and units is None and not is_replaced(model):
-        units = find_units(model, example_input)
-    steps = plan(model, policy, units).replacements
+    found = plan(model, policy, units, example_input)
     before = learnable_params(model)
     replaced = []
-    for step, module in [(step, build_unit(model, step)) for step in steps]:
+    for step, module in [(step, build_unit(model, step)) for step in found.replacements]:
         name = step.unit.name
         record = ReplacedUnit(
             unit=name,
@@ -174,7 +178,7 @@ def apply_policy(
         )
         model.set_submodule(name, module)
         replaced.append(record)
-    return SurgeryReport(tuple(replaced), before, learnable_params(model), tuple(unit.name for unit in units or ()))
+    return SurgeryReport(tuple(replaced), before, learnable_params(model), found.units)
 
 
 def materialize(model: nn.Module) -> nn.Module:

@@ -65,7 +65,7 @@ def _input_shape(space: SearchSpace) -> tuple[int, int, int] | None:
     """What the model will get, as far as the data's name and settings tell; None: it is guessed from the model."""
     known, side = known_shape(space.data), space.data.image_size
     if known is not None:
-        return (3, *known[1][1:])  # grey images are expanded
+        return known[1]
     return None if side is None else (3, side, side)
 
 

@@ -133,7 +133,7 @@ def _guess(space: SearchSpace) -> tuple[SearchSpace, tuple[int, ...], str]:
     """The space and the shape of one image while the data are missing, and which of it had to be assumed."""
     known = known_shape(space.data)
     if known is not None:
-        num_classes, shape = known[0], (3, *known[1][1:])  # grey images are expanded
+        num_classes, shape = known
         return (space if space.num_classes is not None else space.with_num_classes(num_classes)), shape, ""
     side = space.data.image_size or default_image_size(space.model.name, space.model.kwargs)
     guessed = example_shape(build_unallocated(space))[1:] if side is None else (3, side, side)

@@ -31,7 +31,7 @@ class _Source:
     Attributes:
         read: ``(split, root, download, image_size) -> RawSplit``.
         num_classes: of the set.
-        image_shape: (C, H, W) of its images, as far as they are of one shape or brought to one.
+        side: of its square images in pixels, as far as they are of one size or brought to one.
         flip: whether its images may be mirrored.
         crop: by how many pixels its images may be shifted; None: an eighth of their side.
         image_size: the size that its images are brought to where the user names none.
@@ -39,7 +39,7 @@ class _Source:
 
     read: Callable[[str, Path, bool, int | None], RawSplit]
     num_classes: int
-    image_shape: tuple[int, int, int]
+    side: int
     flip: bool
     crop: int | None = None
     image_size: int | None = None
@@ -47,14 +47,14 @@ class _Source:
 
 # The one place to add a data set by name.
 _SOURCES = {
-    "digits": _Source(read_digits, 10, (1, 8, 8), flip=False),
-    "cifar10": _Source(partial(read_torchvision, "CIFAR10"), 10, (3, 32, 32), flip=True),
-    "cifar100": _Source(partial(read_torchvision, "CIFAR100"), 100, (3, 32, 32), flip=True),
-    "svhn": _Source(partial(read_torchvision, "SVHN"), 10, (3, 32, 32), flip=False),
-    "stl10": _Source(partial(read_torchvision, "STL10"), 10, (3, 96, 96), flip=True),
-    "mnist": _Source(partial(read_idx, "MNIST"), 10, (1, 28, 28), flip=False, crop=2),
-    "fashionmnist": _Source(partial(read_idx, "FashionMNIST"), 10, (1, 28, 28), flip=True, crop=2),
-    "imagenette": _Source(read_imagenette, 10, (3, 128, 128), flip=True, image_size=128),
+    "digits": _Source(read_digits, 10, 8, flip=False),
+    "cifar10": _Source(partial(read_torchvision, "CIFAR10"), 10, 32, flip=True),
+    "cifar100": _Source(partial(read_torchvision, "CIFAR100"), 100, 32, flip=True),
+    "svhn": _Source(partial(read_torchvision, "SVHN"), 10, 32, flip=False),
+    "stl10": _Source(partial(read_torchvision, "STL10"), 10, 96, flip=True),
+    "mnist": _Source(partial(read_idx, "MNIST"), 10, 28, flip=False, crop=2),
+    "fashionmnist": _Source(partial(read_idx, "FashionMNIST"), 10, 28, flip=True, crop=2),
+    "imagenette": _Source(read_imagenette, 10, 128, flip=True, image_size=128),
 }
 # The same for sets of the user's own, written KIND:PATH.
 _FOLDERS: dict[str, Callable[[str, Path, int | None], RawSplit]] = {
@@ -157,12 +157,13 @@ class ImageData:
 
 
 def known_shape(spec: DataSpec) -> tuple[int, tuple[int, int, int]] | None:
-    """The number of classes and (C, H, W) of a set known by name, without reading it; None for a user's own."""
+    """The number of classes of a set known by name, and `ImageData.input_shape`, without reading it; None for a user's
+    own."""
     if spec.name not in _SOURCES:
         return None
     source = _SOURCES[spec.name]
-    channels, height, width = source.image_shape
-    return source.num_classes, (channels, spec.image_size or height, spec.image_size or width)
+    side = spec.image_size or source.side
+    return source.num_classes, (3, side, side)
 
 
 def known_data() -> list[str]:

@@ -40,7 +40,7 @@ from rlsearch.training.loop import (
 )
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
-from rlsearch.training.sizes import Sizes
+from rlsearch.training.spending import Spending
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
@@ -110,19 +110,6 @@ def run_trial(
         yield metrics
 
 
-@dataclass
-class _Sums:
-    """What adds up over a trial; part of its checkpoint."""
-
-    num_images: int = 0
-    train_seconds: float = 0.0
-    train_flops: float = 0.0
-    forward_flops: float = 0.0
-    # Learnable parameters times the images that were trained on with them.
-    learned: int = 0
-    memory: int = 0
-
-
 @dataclass(frozen=True)
 class _Epoch:
     """What the steps of one epoch gave, and the layers that left after them."""
@@ -179,9 +166,7 @@ class Trial:
                 scratch=scratch or Path(tempfile.gettempdir()),
                 run=json.dumps(spec.to_dict(), sort_keys=True),
             )
-        self._cost = self._costs.cost(spec.policy)
-        self._untouched_flops = self._costs.cost(Policy()).forward_flops
-        self._sums = _Sums()
+        self._spending = Spending(self._costs, spec.policy)
 
     @property
     def done(self) -> bool:
@@ -218,6 +203,7 @@ class Trial:
             self._inputs.close()
         if not math.isfinite(validation.loss):
             raise DivergedError(f"the validation loss became {validation.loss} in epoch {self.epochs_done}")
+        spending, sums = self._spending, self._spending.sums
         return EpochMetrics(
             epoch=self.epochs_done,
             epochs=self.spec.training.epochs,
@@ -225,18 +211,18 @@ class Trial:
             validation_loss=validation.loss,
             train_loss=trained.train_loss,
             lr=trained.lr,
-            params=self._cost.params,
-            params_total=self._cost.params_total,
+            params=spending.cost.params,
+            params_total=spending.cost.params_total,
             learnable_params=learnable_params(self.model),
-            mean_learnable_params=self._sums.learned / self._sums.num_images,
-            memory=self._sums.memory,
-            memory_predicted=self._cost.memory,
+            mean_learnable_params=spending.mean_learnable_params,
+            memory=sums.memory,
+            memory_predicted=spending.cost.memory,
             step_memory=trained.step_memory,
-            train_flops=self._sums.train_flops,
-            forward_flops=self._sums.forward_flops,
-            forward_share=self._sums.forward_flops / (self._untouched_flops * self._sums.num_images),
-            train_seconds=self._sums.train_seconds,
-            samples_per_second=self._sums.num_images / self._sums.train_seconds,
+            train_flops=sums.train_flops,
+            forward_flops=sums.forward_flops,
+            forward_share=spending.forward_share,
+            train_seconds=sums.train_seconds,
+            samples_per_second=sums.num_images / sums.train_seconds,
             dropped_units=self._dropper.dropped_units if self._dropper else 0,
             learning=self._learning() if self.epochs_done == 1 or trained.left else (),
             left=trained.left,
@@ -252,7 +238,7 @@ class Trial:
             "optimizer": self._optimizer.state_dict(),
             "dropper": self._dropper.state_dict() if self._dropper else None,
             "inputs": self._inputs.state_dict(),
-            "sums": asdict(self._sums),
+            "sums": self._spending.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -273,7 +259,7 @@ class Trial:
             self._dropper.load_state_dict(state["dropper"])
         self._inputs.load_state_dict(state["inputs"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._sums = _Sums(**state["sums"])
+        self._spending.load_state_dict(state["sums"])
         self.epochs_done = state["epochs_done"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
@@ -286,8 +272,8 @@ class Trial:
         # After a resume the cache is filled again; that was paid for before the interruption, and is not counted twice.
         self._inputs.follow_cut(training.epochs - epoch)
         rates = self._rates(epoch)
-        forward_flops, step_flops = self._image_flops()
-        num_learnable, step_memory = learnable_params(self.model), self._predicted_memory()
+        cut, stored, num_learnable = self._cut, self._inputs.stored, learnable_params(self.model)
+        step_memory = self._spending.step_memory(self.model, cut, stored=stored) + self._inputs.stored_bytes
         started = self._now()
         if self._dropper:
             self._dropper.train_mode()
@@ -305,18 +291,14 @@ class Trial:
         if self.device.type == "cuda":
             step_memory = torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
         if epoch == 0:
-            self._sums.memory = step_memory
+            self._spending.sums.memory = step_memory
         self.epochs_done += 1
-        self._sums.num_images += result.num_images
-        self._sums.learned += num_learnable * result.num_images
-        self._spend(forward_flops * result.num_images, step_flops * result.num_images)
-        cut = self._cut
+        self._spending.add_epoch(result.num_images, num_learnable, cut, stored=stored)
         if self._dropper and self._dropper.end_epoch():
             work = self._inputs.follow_cut(training.epochs - self.epochs_done)
             if work is not None:
-                spent = work.num_images * self._costs.forward_flops(self.spec.policy, work.start, work.end)
-                self._spend(spent, spent)
-        self._sums.train_seconds += self._now() - started
+                self._spending.add_cache(work)
+        self._spending.sums.train_seconds += self._now() - started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
         return _Epoch(result.loss, rates[-1], step_memory, left)
 
@@ -328,24 +310,6 @@ class Trial:
     def _learning(self) -> tuple[str, ...]:
         """The names of the layers that learn."""
         return self._dropper.layers[self._cut :] if self._dropper else ()
-
-    def _image_flops(self) -> tuple[float, float]:
-        """Operations of one image, forward and in all, at the present cut."""
-        forward, step = self._costs.image_flops(self.spec.policy, self._cut)
-        if self._inputs.stored:
-            return forward, step
-        prefix = self._costs.forward_flops(self.spec.policy, 0, self._cut)
-        return forward + prefix, step + prefix
-
-    def _predicted_memory(self) -> int:
-        """Bytes of a training step at the present cut, with the features that are stored for it."""
-        learnable = Sizes.of(self.model).learnable_bytes
-        step = self._costs.memory_at(self.spec.policy, self._cut, learnable, stored=self._inputs.stored)
-        return step + self._inputs.stored_bytes
-
-    def _spend(self, forward_flops: float, train_flops: float) -> None:
-        self._sums.forward_flops += forward_flops
-        self._sums.train_flops += train_flops
 
     def _rates(self, epoch: int) -> list[float]:
         """The learning rates of an epoch's steps."""

@@ -4,48 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlsearch.cli import main
-
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "search_spaces" / "digits_resnet32.yaml"
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended, and what it printed."""
-
-    returncode: int | str | None
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def validate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs the program's own entry point; starting a process for each would take the suite a minute."""
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr("sys.argv", ["rlsearch", "validate", *arguments])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return Done(ended.value.code, printed.out, printed.err)
-
-    return run
+def validate(in_process: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(in_process, "validate")
 
 
-def content(done: Done) -> dict[str, Any]:
+def content(done: Any) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def test_a_valid_space_is_told_with_its_size_its_costs_and_its_limits(validate: Callable[..., Done]) -> None:
+def test_a_valid_space_is_told_with_its_size_its_costs_and_its_limits(validate: Callable[..., Any]) -> None:
     done = validate(str(DIGITS))
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{DIGITS}: valid" in done.stdout
@@ -56,7 +35,7 @@ def test_a_valid_space_is_told_with_its_size_its_costs_and_its_limits(validate: 
     assert "constraint params <= 1.0x: kept by 100 % of them" in done.stdout
 
 
-def test_json_gives_the_same_in_numbers(validate: Callable[..., Done]) -> None:
+def test_json_gives_the_same_in_numbers(validate: Callable[..., Any]) -> None:
     done = validate(str(DIGITS), "--json", "--set", "constraints={params: '<= 0.8x', accuracy: '>= 0.9'}")
     found = content(done)
     assert (done.returncode, found["valid"], found["errors"], found["size"]) == (0, True, [], 210796)
@@ -73,7 +52,7 @@ def test_json_gives_the_same_in_numbers(validate: Callable[..., Done]) -> None:
     assert found["warnings"] == []
 
 
-def test_every_error_is_told_at_once_with_exit_code_2_and_no_traceback(validate: Callable[..., Done]) -> None:
+def test_every_error_is_told_at_once_with_exit_code_2_and_no_traceback(validate: Callable[..., Any]) -> None:
     done = validate(str(DIGITS), "--set", "training.lr=-1", "--set", "serch={}", "--set", "data.name=digit")
     assert (done.returncode, done.stdout) == (2, "")
     assert "3 problems" in done.stderr
@@ -94,7 +73,7 @@ def test_every_error_is_told_at_once_with_exit_code_2_and_no_traceback(validate:
         ("space.replacement.blocks=[skp]", "space.replacement.blocks", "did you mean 'skip'?"),
     ],
 )
-def test_json_names_the_key_of_every_error(validate: Callable[..., Done], setting: str, key: str, told: str) -> None:
+def test_json_names_the_key_of_every_error(validate: Callable[..., Any], setting: str, key: str, told: str) -> None:
     done = validate(str(DIGITS), "--json", "--set", setting)
     found = content(done)
     assert (done.returncode, found["valid"], found["size"], found["cost"]) == (2, False, None, None)
@@ -104,7 +83,7 @@ def test_json_names_the_key_of_every_error(validate: Callable[..., Done], settin
 
 
 def test_missing_data_are_a_warning_and_the_costs_are_told_all_the_same(
-    validate: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    validate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = validate(str(ROOT / "search_spaces" / "cifar10_resnet20.yaml"), "--json")
@@ -129,7 +108,7 @@ def test_missing_data_are_a_warning_and_the_costs_are_told_all_the_same(
     ],
 )
 def test_what_missing_data_would_tell_is_known_or_said_to_be_assumed(
-    validate: Callable[..., Done], tmp_path: Path, model: Any, data: Any, told: str, params: int
+    validate: Callable[..., Any], tmp_path: Path, model: Any, data: Any, told: str, params: int
 ) -> None:
     data = data if ":" in data["name"] else {**data, "root": str(tmp_path)}
     space = {"replacement": {"units": "layer*", "blocks": ["skip"]}}
@@ -142,7 +121,7 @@ def test_what_missing_data_would_tell_is_known_or_said_to_be_assumed(
     assert found["cost"]["params"]["baseline"] == params
 
 
-def test_roles_and_variants_are_told_with_the_units_they_fit(validate: Callable[..., Done]) -> None:
+def test_roles_and_variants_are_told_with_the_units_they_fit(validate: Callable[..., Any]) -> None:
     settings = ("space.replacement.roles=[conv1, conv2]", "space.replacement.options={init: [half, fit]}")
     done = validate(str(DIGITS), *(part for setting in settings for part in ("--set", setting)))
     assert done.returncode == 0
@@ -154,14 +133,14 @@ def test_roles_and_variants_are_told_with_the_units_they_fit(validate: Callable[
     assert found["variants"] == {"skip": 13, "scalar": 7, "channel": 7, "lowrank": 7}
 
 
-def test_limits_that_no_policy_keeps_are_a_warning(validate: Callable[..., Done]) -> None:
+def test_limits_that_no_policy_keeps_are_a_warning(validate: Callable[..., Any]) -> None:
     found = content(validate(str(DIGITS), "--json", "--set", "constraints.params=<= 0.01x"))
     assert (found["valid"], found["feasible"]) == (True, 0.0)
     (warning,) = found["warnings"]
     assert "none of 200 random policies keeps the constraints" in warning
 
 
-def test_more_classes_than_the_model_was_told_is_an_error(validate: Callable[..., Done]) -> None:
+def test_more_classes_than_the_model_was_told_is_an_error(validate: Callable[..., Any]) -> None:
     done = validate(str(DIGITS), "--set", "model.num_classes=7")
     assert done.returncode == 2
     assert "model.num_classes: must be at least the data's 10, got 7" in done.stderr

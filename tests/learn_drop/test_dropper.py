@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ import rlsearch
 from rlsearch import Dropper, LearnDrop, Policy, Replacement
 from rlsearch.errors import UserError
 from rlsearch.policy import SCORES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = LearnDrop(threshold=0.2, patience=2, warmup=0.0, max_fraction=1.0)
 LAYERS = ("stem", "body.0", "body.1", "body.2", "body.3", "head")
@@ -57,15 +59,6 @@ class Tied(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers(inputs)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bitwise equal sums need one order of additions."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settings(**values: Any) -> LearnDrop:

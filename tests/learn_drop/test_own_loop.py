@@ -23,6 +23,8 @@ from rlsearch import Dropper, LearnDrop
 from rlsearch.errors import ConfigError, DataError
 from rlsearch.learn_drop import feature_store, feature_times
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT, BATCH = 22, 4
 EPOCHS = 40
 
@@ -116,20 +118,6 @@ class Loop:
 
     def weights(self) -> Tensor:
         return torch.cat([tensor.flatten().float() for tensor in self.net.state_dict().values()])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only files have room."""
-    monkeypatch.setattr(feature_store, "available_bytes", lambda device: 0)
 
 
 def targets_of(seen: list[tuple[Tensor, Tensor]]) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlsearch.learn_drop.scores import (
     continuation,
-    gradient_changes,
+    gradient_change,
     rate_ratio,
     relative_changes,
     scheduled_layers,
@@ -42,16 +42,16 @@ def test_the_change_does_not_depend_on_scale(scale: float, share: float) -> None
 
 
 def test_the_change_of_the_gradients_by_hand() -> None:
-    assert gradient_changes([3.0, 1.0, 2.0, 0.0], [2.0, 2.0, 2.0, 0.0]) == pytest.approx([0.5, 0.5, 0.0, 0.0])
-    assert gradient_changes([1.0], [0.0]) == pytest.approx([1e12])
+    pairs = [(3.0, 2.0), (1.0, 2.0), (2.0, 2.0), (0.0, 0.0), (1.0, 0.0)]
+    assert [gradient_change(now, before) for now, before in pairs] == pytest.approx([0.5, 0.5, 0.0, 0.0, 1e12])
 
 
 @given(SIZES, SIZES, st.floats(0.01, 100))
 def test_the_change_of_the_gradients_does_not_depend_on_scale(now: float, before: float, scale: float) -> None:
-    (change,) = gradient_changes([now], [before])
+    change = gradient_change(now, before)
     assert change >= 0
-    assert gradient_changes([now * scale], [before * scale]) == [pytest.approx(change, rel=1e-3, abs=1e-3)]
-    assert gradient_changes([before], [before]) == [0.0]
+    assert gradient_change(now * scale, before * scale) == pytest.approx(change, rel=1e-3, abs=1e-3)
+    assert gradient_change(before, before) == 0.0
 
 
 @given(SIZES, SHARES)

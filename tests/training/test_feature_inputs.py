@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from rlsearch.training.device_data import DeviceData
 from rlsearch.training.feature_inputs import CacheWork, TrainingInputs
 from rlsearch.training.feature_views import Views
 from rlsearch.training.models import build_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 COUNT, BATCH, SIDE = 20, 8, 8
@@ -106,20 +108,6 @@ class Setup:
 def same_batches(ours: Setup, theirs: Setup) -> bool:
     pairs = zip(ours.epoch(3), theirs.epoch(3), strict=True)
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bitwise equal sums need one order of additions."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_store, "available_bytes", lambda device: 0)
 
 
 @pytest.mark.parametrize("tier", ["device", "file"])

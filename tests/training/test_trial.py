@@ -20,6 +20,8 @@ from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.trial import Trial, run_trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = DataSpec("digits", limit=400)
 REPLACED = (Replacement("layer1.1", "scalar"), Replacement("layer2.2", "skip"))
 
@@ -27,15 +29,6 @@ REPLACED = (Replacement("layer1.1", "scalar"), Replacement("layer2.2", "skip"))
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_data(DATA)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Bitwise equal sums need one order of additions."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spec(policy: Policy | None = None, seed: int = 0, **training: Any) -> TrialSpec:

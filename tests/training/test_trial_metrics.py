@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.loop import Pass
 from rlsearch.training.trial import Trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = DataSpec("digits", limit=100)
 REPLACED = (Replacement("layer1.1", "scalar"), Replacement("layer2.2", "skip"))
 EPOCHS = 5
@@ -27,15 +29,6 @@ EPOCHS = 5
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_data(DATA)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bitwise equal sums need one order of additions."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dropping(features: str, replaced: tuple[Replacement, ...] = (), **settings: Any) -> Policy:
@@ -253,5 +246,5 @@ def test_on_cuda_each_epoch_has_a_peak_of_its_own(digits: ImageData, monkeypatch
     assert [trial._train().step_memory for _ in range(3)] == [
         peak - trial._data.num_bytes for peak in (9_000_000, 7_000_000, 5_000_000)
     ]
-    assert trial._sums.memory == 9_000_000 - trial._data.num_bytes
+    assert trial._spending.sums.memory == 9_000_000 - trial._data.num_bytes
     assert events == ["wait", "reset", 0, 1, 2, "reset", 3, 4, "wait"] * 3

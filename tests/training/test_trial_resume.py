@@ -27,6 +27,8 @@ from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.feature_views import Views
 from rlsearch.training.trial import Trial
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = DataSpec("digits", limit=120, flip=True, crop=1)
 EPOCHS = 6
 TIMES = ("train_seconds", "samples_per_second")
@@ -41,15 +43,6 @@ State = dict[str, Any]
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_data(DATA)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Bitwise equal sums need one order of additions."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def spec(score: str = "schedule", features: str = "stored", replaced: tuple[Replacement, ...] = ()) -> TrialSpec:
