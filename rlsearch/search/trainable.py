@@ -22,6 +22,7 @@ from rlsearch.search.outcome import Outcome
 
 if TYPE_CHECKING:  # torch is loaded by the process that trains, once
     from rlsearch.training.data import ImageData
+    from rlsearch.training.device_data import DeviceData
     from rlsearch.training.trial import Trial, TrialSpec
 
 _DETAIL_LINES = 12
@@ -77,7 +78,7 @@ class TrialTrainable(tune.Trainable):
             data: the images; they lie in shared memory, once a node.
         """
         self._settings = settings
-        self._data = data
+        self._data: ImageData | DeviceData = data
         self.prepare_process()
         self._begin(config["job"])
 
@@ -115,7 +116,9 @@ class TrialTrainable(tune.Trainable):
         """The training of ``spec``; what a benchmark of the machinery replaces."""
         from rlsearch.training.trial import Trial
 
-        return Trial(spec, data=self._data, device="cuda" if self._settings.gpu else "cpu")
+        trial = Trial(spec, data=self._data, device="cuda" if self._settings.gpu else "cpu")
+        self._data = trial.images  # they stay on the device for the trials to come
+        return trial
 
     def save_result(self, folder: Path) -> None:
         """Keeps the weights of the trial that is done."""

@@ -30,6 +30,8 @@ class DeviceData:
         device: where training runs.
 
     Attributes:
+        name: of the set.
+        num_classes: of the labels.
         device: where training runs.
         labels: (num_train,) int64, of the training images.
         flip: whether training images are mirrored at random.
@@ -40,6 +42,8 @@ class DeviceData:
     """
 
     def __init__(self, data: ImageData, device: torch.device | str) -> None:
+        self.name = data.name
+        self.num_classes = data.num_classes
         self.device = torch.device(device)
         self.flip = data.flip
         self.crop = data.crop

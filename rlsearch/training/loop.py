@@ -15,6 +15,7 @@ from rlsearch.errors import DivergedError, Problem, suggestion
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "always", "never")
 
 # In an optimizer's group: by how much its learning rate differs from the schedule's.
 RATE_SCALE = "rate_scale"
@@ -34,7 +35,9 @@ class TrainingSpec:
         label_smoothing: in [0, 1).
         warmup_epochs: how long the learning rate rises (>= 0).
         mixing_lr: the learning rate of what weighs a replaced unit's sources (a and b), as a multiple of ``lr`` (> 0).
-        precision: ``bf16`` autocasts, ``fp32`` does not, ``auto`` takes bf16 on CUDA devices that have it.
+        precision: ``bf16`` autocasts, ``fp32`` does not, ``auto`` takes bf16 where the device computes in it.
+        compile: whether steps run as CUDA graphs and compiled blocks: ``auto`` where measured times say that it pays
+            off (see `rlsearch.training.faster_step`), ``always`` wherever it can be done, or ``never``.
     """
 
     epochs: int = 9
@@ -47,6 +50,7 @@ class TrainingSpec:
     warmup_epochs: float = 1.0
     mixing_lr: float = 1.0
     precision: str = "auto"
+    compile: str = "auto"
 
     def problems(self, key: str = "training") -> list[Problem]:
         """What is out of range, each with its key."""
@@ -65,7 +69,7 @@ class TrainingSpec:
             for name, (fine, rule) in ranges.items()
             if not fine
         ]
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("compile", COMPILE)):
             value = getattr(self, name)
             if value not in known:
                 found.append(Problem(f"{key}.{name}", f"unknown value {value!r}{suggestion(value, known)}"))
@@ -73,10 +77,17 @@ class TrainingSpec:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16`` for a device: ``auto`` takes bf16 only where it is both fast and known to hold accuracy."""
+    """``fp32`` or ``bf16`` for a device: ``auto`` takes bf16 only where it is both fast and known to hold accuracy.
+
+    A CPU without instructions for bf16 computes in it too, ten times slower than in float32.
+    """
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
@@ -135,25 +146,65 @@ class Pass:
         return self.num_correct / self.num_images
 
 
+# Runs a batch of inputs and labels (B,) forward and backward: its mean loss, and gradients where the optimizer looks.
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class PlainStep:
+    """Forward, loss and backward, one operation after the other.
+
+    Args:
+        forward: from a batch of inputs to logits (B, classes).
+        optimizer: over what still learns.
+        label_smoothing: of the cross-entropy.
+        precision: ``fp32`` or ``bf16``.
+        device: where it all is.
+
+    Attributes:
+        optimizer: as given.
+        precision: as given.
+        device: as given.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        label_smoothing: float = 0.0,
+        precision: str = "fp32",
+        device: torch.device,
+    ) -> None:
+        self._forward = forward
+        self.optimizer = optimizer
+        self._label_smoothing = label_smoothing
+        self.precision = precision
+        self.device = device
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss, detached; the gradients of the step before are gone."""
+        with autocast(self.precision, self.device):
+            logits = self._forward(inputs)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach()
+
+
 def train_epoch(
-    forward: Callable[[Tensor], Tensor],
+    step: Step,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     rates: Iterable[float],
-    *,
-    label_smoothing: float,
-    precision: str,
     device: torch.device,
 ) -> Pass:
     """One pass over the training images.
 
     Args:
-        forward: from a batch of inputs to logits (B, classes).
+        step: runs a batch forward and backward.
         batches: inputs and labels (B,) of each step, on the device.
         optimizer: over what still learns.
         rates: the learning rate of each step.
-        label_smoothing: of the cross-entropy.
-        precision: ``fp32`` or ``bf16``.
         device: where it all is.
 
     Raises:
@@ -164,13 +215,8 @@ def train_epoch(
     for (inputs, labels), rate in zip(batches, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate * group[RATE_SCALE]
-        with autocast(precision, device):
-            logits = forward(inputs)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total += step(inputs, labels) * len(labels)
         optimizer.step()
-        total += loss.detach() * len(labels)
         num_images += len(labels)
     mean = total.item() / num_images
     if not math.isfinite(mean):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
 from rlsearch.learn_drop import Dropper
+from rlsearch.model_graph import outermost
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import (
     SurgeryReport,
@@ -29,8 +30,10 @@ from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.device_data import DeviceData
+from rlsearch.training.faster_step import PLAIN_STEPS, FasterStep
 from rlsearch.training.feature_inputs import TrainingInputs
 from rlsearch.training.loop import (
+    PlainStep,
     TrainingSpec,
     build_optimizer,
     evaluate,
@@ -44,7 +47,7 @@ from rlsearch.training.spending import Spending
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
-# Steps before the peak of memory is read: the first ones let libraries choose their kernels.
+# Steps before the peak of memory counts: the first ones let libraries choose their kernels.
 _WARMUP_STEPS = 3
 
 
@@ -80,7 +83,7 @@ class TrialSpec:
 def run_trial(
     spec: TrialSpec,
     *,
-    data: ImageData | None = None,
+    data: ImageData | DeviceData | None = None,
     device: str | None = None,
     scratch: Path | None = None,
     checkpoint: Path | None = None,
@@ -89,7 +92,7 @@ def run_trial(
 
     Args:
         spec: what to train.
-        data: the decoded images, where they are at hand; else ``spec.data`` is loaded.
+        data: the decoded images, where they are at hand, perhaps on the device already; else ``spec.data`` is loaded.
         device: as torch names it; by default CUDA where there is one, else the CPU.
         scratch: a folder for stored features that fit into no memory, removed again; by default the machine's own for
             temporary files.
@@ -130,7 +133,7 @@ class Trial:
         self,
         spec: TrialSpec,
         *,
-        data: ImageData | None = None,
+        data: ImageData | DeviceData | None = None,
         device: str | None = None,
         scratch: Path | None = None,
     ) -> None:
@@ -138,11 +141,11 @@ class Trial:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.epochs_done = 0
         data = data if data is not None else load_data(spec.data)
-        _check_classes(spec, data)
+        _check_classes(spec, data.name, data.num_classes)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
         with _memory_errors():
-            self._data = DeviceData(data, self.device)
+            self._data = data if isinstance(data, DeviceData) else DeviceData(data, self.device)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
             self._costs = _cost_model(
@@ -167,11 +170,29 @@ class Trial:
                 run=json.dumps(spec.to_dict(), sort_keys=True),
             )
         self._spending = Spending(self._costs, spec.policy)
+        self._step_memory = 0
+        self._step = FasterStep(
+            PlainStep(
+                self._inputs.forward,
+                self._optimizer,
+                label_smoothing=training.label_smoothing,
+                precision=self._precision,
+                device=self.device,
+            ),
+            self.model,
+            list(dict.fromkeys(outermost([unit.name for unit in self._costs.units]).values())),
+            training.compile,
+        )
 
     @property
     def done(self) -> bool:
         """Whether all epochs are done."""
         return self.epochs_done >= self.spec.training.epochs
+
+    @property
+    def images(self) -> DeviceData:
+        """The images on the device, which the next trial in this process may take over."""
+        return self._data
 
     @property
     def dropper(self) -> Dropper | None:
@@ -193,14 +214,16 @@ class Trial:
         """
         with _memory_errors():
             trained = self._train()
-            validation = evaluate(
-                self.model,
-                self._data.validation_batches(EVALUATION_BATCH),
-                precision=self._precision,
-                device=self.device,
-            )
+            with self._step.plain():
+                validation = evaluate(
+                    self.model,
+                    self._data.validation_batches(EVALUATION_BATCH),
+                    precision=self._precision,
+                    device=self.device,
+                )
         if self.done:
             self._inputs.close()
+            self._step.close()
         if not math.isfinite(validation.loss):
             raise DivergedError(f"the validation loss became {validation.loss} in epoch {self.epochs_done}")
         spending, sums = self._spending, self._spending.sums
@@ -273,34 +296,31 @@ class Trial:
         self._inputs.follow_cut(training.epochs - epoch)
         rates = self._rates(epoch)
         cut, stored, num_learnable = self._cut, self._inputs.stored, learnable_params(self.model)
-        step_memory = self._spending.step_memory(self.model, cut, stored=stored) + self._inputs.stored_bytes
+        is_new = self._step.begin((cut, stored), self._inputs.num_steps * (training.epochs - epoch))
+        if is_new:
+            predicted = self._spending.step_memory(self.model, cut, stored=stored)
+            self._step_memory = predicted + self._inputs.stored_bytes
         started = self._now()
         if self._dropper:
             self._dropper.train_mode()
         else:
             self.model.train()
-        result = train_epoch(
-            self._inputs.forward,
-            self._measured(self._inputs.batches(epoch)),
-            self._optimizer,
-            rates,
-            label_smoothing=training.label_smoothing,
-            precision=self._precision,
-            device=self.device,
-        )
-        if self.device.type == "cuda":
-            step_memory = torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
+        batches = self._inputs.batches(epoch)
+        if is_new and self.device.type == "cuda":
+            batches = self._measured(batches)
+        result = train_epoch(self._step, batches, self._optimizer, rates, self.device)
         if epoch == 0:
-            self._spending.sums.memory = step_memory
+            self._spending.sums.memory = self._step_memory
         self.epochs_done += 1
         self._spending.add_epoch(result.num_images, num_learnable, cut, stored=stored)
         if self._dropper and self._dropper.end_epoch():
-            work = self._inputs.follow_cut(training.epochs - self.epochs_done)
+            with self._step.plain():
+                work = self._inputs.follow_cut(training.epochs - self.epochs_done)
             if work is not None:
                 self._spending.add_cache(work)
         self._spending.sums.train_seconds += self._now() - started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
-        return _Epoch(result.loss, rates[-1], step_memory, left)
+        return _Epoch(result.loss, rates[-1], self._step_memory, left)
 
     @property
     def _cut(self) -> int:
@@ -321,12 +341,23 @@ class Trial:
         ]
 
     def _measured(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches; the peak of memory is counted anew once the first steps have warmed the allocator up, and at the
-        first step, so that an epoch of few steps does not report what came before it. No step waits for this."""
+        """The batches of the first epoch of steps of one kind; what the first plain ones take at most is noted.
+
+        The peak counts anew once some steps have warmed the allocator up, and at the first step, so that an epoch of
+        few does not report what came before it. No step waits for this.
+        """
+        step = -1
         for step, batch in enumerate(batches):
-            if step in (0, _WARMUP_STEPS) and self.device.type == "cuda":
+            if step in (0, _WARMUP_STEPS):
                 torch.cuda.reset_peak_memory_stats(self.device)
+            if step == PLAIN_STEPS:
+                self._note_peak()
             yield batch
+        if step < PLAIN_STEPS:
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        self._step_memory = torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -341,17 +372,10 @@ class Trial:
         return Dropper(self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units)
 
 
-def _check_classes(spec: TrialSpec, data: ImageData) -> None:
-    if spec.model.num_classes != data.num_classes:
-        raise ConfigError(
-            [
-                Problem(
-                    "model.num_classes",
-                    f"is {spec.model.num_classes}, but the data {data.name!r} have {data.num_classes} classes",
-                )
-            ],
-            "trial",
-        )
+def _check_classes(spec: TrialSpec, name: str, num_classes: int) -> None:
+    if spec.model.num_classes != num_classes:
+        message = f"is {spec.model.num_classes}, but the data {name!r} have {num_classes} classes"
+        raise ConfigError([Problem("model.num_classes", message)], "trial")
 
 
 @lru_cache(maxsize=8)

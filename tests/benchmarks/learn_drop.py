@@ -36,7 +36,7 @@ from rlsearch.policy import SCORES
 from rlsearch.training.data import ImageData, ImageSplit, load_data
 from rlsearch.training.device_data import DeviceData
 from rlsearch.training.feature_inputs import TrainingInputs
-from rlsearch.training.loop import build_optimizer, train_epoch
+from rlsearch.training.loop import PlainStep, build_optimizer, train_epoch
 
 CUTS = (11, 14)
 VIEWS = 2
@@ -79,15 +79,8 @@ class Setting:
         self.dropper.train_mode()
         rates = [1e-3] * self.inputs.num_steps
         batches = self.inputs.batches(self.epoch)
-        train_epoch(
-            self.inputs.forward,
-            batches,
-            self.optimizer,
-            rates,
-            label_smoothing=0.0,
-            precision="fp32",
-            device=self.data.device,
-        )
+        step = PlainStep(self.inputs.forward, self.optimizer, device=self.data.device)
+        train_epoch(step, batches, self.optimizer, rates, self.data.device)
         self.epoch += 1
 
     def read(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from rlsearch.config import from_mapping
 from rlsearch.errors import DivergedError, Problem
 from rlsearch.training.loop import (
+    Pass,
+    PlainStep,
     TrainingSpec,
     build_optimizer,
     evaluate,
@@ -57,18 +60,18 @@ def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(batch, (batch[:, 0] > 0).long()) for batch in images]
 
 
+def trained(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer, rates: list[float]) -> Pass:
+    return train_epoch(PlainStep(model, optimizer, device=CPU), batches, optimizer, rates, CPU)
+
+
 def test_training_learns_and_evaluation_counts() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 2), nn.Dropout(0.5))
     optimizer = build_optimizer(TrainingSpec(lr=0.5), model)
-    arguments = {"precision": "fp32", "device": CPU}
-    losses = [
-        train_epoch(model, batches(), optimizer, [0.5] * 4, label_smoothing=0.0, **arguments).loss  # type: ignore[arg-type]
-        for _ in range(8)
-    ]
+    losses = [trained(model, batches(), optimizer, [0.5] * 4).loss for _ in range(8)]
     assert losses[-1] < 0.5 * losses[0]
     model.train()
-    result = evaluate(model, batches(), **arguments)  # type: ignore[arg-type]
+    result = evaluate(model, batches(), precision="fp32", device=CPU)
     assert model.training
     assert model[1].training
     model.eval()
@@ -83,7 +86,7 @@ def test_training_learns_and_evaluation_counts() -> None:
 def test_the_rates_are_the_optimizers() -> None:
     model = nn.Linear(5, 2)
     optimizer = build_optimizer(TrainingSpec(), model)
-    train_epoch(model, batches(2), optimizer, [0.3, 0.1], label_smoothing=0.0, precision="fp32", device=CPU)
+    trained(model, batches(2), optimizer, [0.3, 0.1])
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
 
 
@@ -91,7 +94,7 @@ def test_what_weighs_the_sources_has_a_rate_of_its_own() -> None:
     model = nn.Linear(5, 2)
     model.mixing = nn.Parameter(torch.ones(()))
     optimizer = build_optimizer(TrainingSpec(mixing_lr=0.1), model, [model.mixing])
-    train_epoch(model, batches(2), optimizer, [0.3, 0.2], label_smoothing=0.0, precision="fp32", device=CPU)
+    trained(model, batches(2), optimizer, [0.3, 0.2])
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 0.02])
 
 
@@ -99,7 +102,7 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
     model = nn.Linear(5, 2)
     optimizer = build_optimizer(TrainingSpec(), model)
     with pytest.raises(DivergedError, match=r"became inf|became nan"):
-        train_epoch(model, batches(), optimizer, [1e30] * 4, label_smoothing=0.0, precision="fp32", device=CPU)
+        trained(model, batches(), optimizer, [1e30] * 4)
 
 
 def test_precision_on_the_cpu() -> None:

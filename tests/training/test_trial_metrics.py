@@ -80,7 +80,8 @@ def test_operations_are_those_that_really_ran(
     forward: list[int] = []
     steps: list[int] = []
     building: list[int] = []
-    monkeypatch.setattr(trial._inputs, "forward", counted(trial._inputs.forward, forward.append))
+    plain = trial._step._plain
+    monkeypatch.setattr(plain, "_forward", counted(plain._forward, forward.append))
     monkeypatch.setattr(trial_module, "train_epoch", counted(trial_module.train_epoch, steps.append))
     is_building = False
     if trial._dropper:
@@ -163,7 +164,7 @@ class Packed:
         self.num_bytes: list[int] = []
         monkeypatch.setattr(trial_module, "train_epoch", self._run)
 
-    def _run(self, forward: Any, batches: Any, optimizer: torch.optim.Optimizer, *rest: Any, **keywords: Any) -> Pass:
+    def _run(self, step: Any, batches: Any, optimizer: torch.optim.Optimizer, *rest: Any) -> Pass:
         held: list[Tensor] = []
         is_forward = True
 
@@ -178,6 +179,9 @@ class Packed:
             logits: Tensor = forward(inputs)
             return logits
 
+        plain = self._trial._step._plain
+        forward, plain._forward = plain._forward, first
+
         def zero_grad(**_: Any) -> None:
             nonlocal is_forward
             is_forward = False  # the first step's loss is there; what its backward pass saves is gone again
@@ -185,7 +189,8 @@ class Packed:
 
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = self._train_epoch(first, batches, optimizer, *rest, **keywords)
+            result = self._train_epoch(step, batches, optimizer, *rest)
+        plain._forward = forward
         del optimizer.zero_grad
         model = self._trial.model
         held += [*model.parameters(), *model.buffers()]
@@ -233,9 +238,9 @@ def test_on_cuda_each_epoch_has_a_peak_of_its_own(digits: ImageData, monkeypatch
     peaks = iter([9_000_000, 7_000_000, 5_000_000])
     events: list[object] = []
 
-    def steps(forward: Any, batches: Any, *rest: Any, **keywords: Any) -> Pass:
-        for step, _ in enumerate(batches):
-            events.append(step)
+    def steps(step: Any, batches: Any, *rest: Any) -> Pass:
+        for number, _ in enumerate(batches):
+            events.append(number)
         return Pass(1.0, len(digits.train.labels))
 
     monkeypatch.setattr(trial_module, "train_epoch", steps)
