@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlsearch.errors import ConfigError, DataError, Problem, suggestion
+from rlsearch.training.augmentation import ALTERNATING
 from rlsearch.training.data_decode import Pixels, RawSplit
 from rlsearch.training.data_files import read_image_folder, read_parquet
 from rlsearch.training.data_named import read_digits, read_idx, read_imagenette, read_torchvision
@@ -74,9 +75,12 @@ class DataSpec:
         validation_fraction: the share of the training images that validates, in (0, 1).
         limit: at most so many training images, as balanced over the classes as the set allows; taken before the split.
         image_size: the side in pixels of the square that images are resized and cropped to; None: the set's own.
-        flip: whether training images are mirrored at random; None: the set's default.
+        flip: whether training images are mirrored: ``True`` half of them, at random; ``alternating`` likewise in the
+            first epoch, and each the other way round in every epoch after; ``False`` none; None: the set's default.
         crop: training images are shifted by up to so many pixels; None: the set's default, mostly an eighth of
             their side.
+        cutout: the side of a square, somewhere in each training image, that is set to the channels' means; less than
+            the image's side; 0: none. Stored features (Learn&Drop) come from whole images.
         seed: decides which images validate.
     """
 
@@ -86,8 +90,9 @@ class DataSpec:
     validation_fraction: float = 0.1
     limit: int | None = None
     image_size: int | None = None
-    flip: bool | None = None
+    flip: bool | str | None = None
     crop: int | None = None
+    cutout: int = 0
     seed: int = 0
 
     def problems(self, key: str = "data") -> list[Problem]:
@@ -103,10 +108,12 @@ class DataSpec:
         if not (math.isfinite(self.validation_fraction) and 0 < self.validation_fraction < 1):
             message = f"must be above 0 and below 1, got {self.validation_fraction}"
             found.append(Problem(f"{key}.validation_fraction", message))
-        for name, least in (("limit", 2), ("image_size", 1), ("crop", 0), ("seed", 0)):
+        for name, least in (("limit", 2), ("image_size", 1), ("crop", 0), ("cutout", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 found.append(Problem(f"{key}.{name}", f"must be a whole number of at least {least}, got {value}"))
+        if isinstance(self.flip, str) and self.flip != ALTERNATING:
+            found.append(Problem(f"{key}.flip", f"must be true, false or {ALTERNATING}, got {self.flip!r}"))
         return found
 
 
@@ -134,9 +141,10 @@ class ImageData:
         classes: their names, (num_classes,).
         mean: of the training pixels, a channel of 3, where 1 is white.
         std: likewise; never 0.
-        flip: whether training images are mirrored at random.
+        flip: whether and how training images are mirrored, as in `DataSpec`.
         crop: by how many pixels training images are shifted at most.
         name: of the set.
+        cutout: the side of the square that is cut out of training images; 0: none.
     """
 
     train: ImageSplit
@@ -145,9 +153,10 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    flip: bool
+    flip: bool | str
     crop: int
     name: str
+    cutout: int = 0
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -194,7 +203,7 @@ def load_data(spec: DataSpec) -> ImageData:
         raise DataError(f"data {spec.name!r}: the images are not all of one size; set data.image_size")
     flip, crop = _augmentation(spec, train.images)
     mean, std = _pixel_statistics(train.images)
-    return ImageData(train, validation, len(raw.classes), raw.classes, mean, std, flip, crop, spec.name)
+    return ImageData(train, validation, len(raw.classes), raw.classes, mean, std, flip, crop, spec.name, spec.cutout)
 
 
 def load_test(spec: DataSpec) -> ImageSplit:
@@ -222,19 +231,23 @@ def _read(spec: DataSpec, split: str) -> RawSplit:
     return source.read(split, root, spec.download, spec.image_size or source.image_size)
 
 
-def _augmentation(spec: DataSpec, images: Pixels) -> tuple[bool, int]:
+def _augmentation(spec: DataSpec, images: Pixels) -> tuple[bool | str, int]:
     """Flip and crop: what the user set, else what suits the set."""
     height, width = images.shape[2:]
     source = _SOURCES.get(spec.name)
-    flip, crop = (source.flip, source.crop) if source else (True, None)
+    flip: bool | str = source.flip if source else True
+    crop = source.crop if source else None
     if spec.flip is not None:
         flip = spec.flip
     if spec.crop is not None:
         crop = spec.crop
     if crop is None:
         crop = min(height, width) // 8
-    if crop >= min(height, width):
-        raise DataError(f"data.crop must be less than the image's side, got {crop} for images of {height}x{width}")
+    for name, pixels in (("crop", crop), ("cutout", spec.cutout)):
+        if pixels >= min(height, width):
+            raise DataError(
+                f"data.{name} must be less than the image's side, got {pixels} for images of {height}x{width}"
+            )
     return flip, crop
 
 
