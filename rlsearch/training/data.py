@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from rlsearch.errors import ConfigError, DataError, Problem, suggestion
 from rlsearch.training.augmentation import ALTERNATING
-from rlsearch.training.data_decode import Pixels, RawSplit
+from rlsearch.training.data_decode import Pixels
 from rlsearch.training.data_files import read_image_folder, read_parquet
 from rlsearch.training.data_named import read_digits, read_idx, read_imagenette, read_torchvision
-from rlsearch.training.data_split import balanced_subset, stratified_split
+from rlsearch.training.data_split import Indices, balanced_subset, stratified_split
+from rlsearch.training.decoded_cache import cached
+from rlsearch.training.encoded_images import RawSplit
 
 _DEFAULT_ROOT = "~/.cache/rlsearch/data"
 
@@ -190,15 +192,14 @@ def load_data(spec: DataSpec) -> ImageData:
     raw = _read(spec, "train")
     limit = len(raw.labels) if spec.limit is None else spec.limit
     chosen = balanced_subset(raw.labels, limit)
+    raw = cached(raw, chosen)
     rest, held_out = stratified_split(raw.labels[chosen], spec.validation_fraction, spec.seed)
     if len(rest) < 2 or len(held_out) < 1:
         raise DataError(
             f"data {spec.name!r}: {len(chosen)} training images and validation_fraction {spec.validation_fraction} "
             f"leave {len(rest)} to train on and {len(held_out)} to validate; use more images or another fraction"
         )
-    train, validation = (
-        ImageSplit(raw.pixels(indices), raw.labels[indices]) for indices in (chosen[rest], chosen[held_out])
-    )
+    train, validation = (_decoded(raw, indices) for indices in (chosen[rest], chosen[held_out]))
     if train.images.shape[1:] != validation.images.shape[1:]:
         raise DataError(f"data {spec.name!r}: the images are not all of one size; set data.image_size")
     flip, crop = _augmentation(spec, train.images)
@@ -216,7 +217,12 @@ def load_test(spec: DataSpec) -> ImageSplit:
     raw = _read(spec, "test")
     if not len(raw.labels):
         raise DataError(f"data {spec.name!r}: the test split holds no images")
-    return ImageSplit(raw.pixels(np.arange(len(raw.labels))), raw.labels)
+    everything = np.arange(len(raw.labels))
+    return _decoded(cached(raw, everything), everything)
+
+
+def _decoded(raw: RawSplit, indices: Indices) -> ImageSplit:
+    return ImageSplit(raw.pixels(indices, None), raw.labels[indices])
 
 
 def _read(spec: DataSpec, split: str) -> RawSplit:
