@@ -7,67 +7,44 @@ for the device.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from rlsearch.errors import DataError
 from rlsearch.training.augmentation import (
     AUGMENTATION,
     ORDER,
     VIEWS,
     EpochAugmentation,
-    Normalisation,
     random_offsets,
     random_stream,
     window_corners,
     window_table,
     windows,
 )
-from rlsearch.training.data import ImageData, ImageSplit
+from rlsearch.training.data import ImageData, decoded
+from rlsearch.training.image_batches import ImageBatches, on_device
 
 
-class DeviceData:
-    """The training and validation images on one device.
+class DeviceData(ImageBatches):
+    """The training and validation images in memory, on one device.
 
     Args:
-        data: what `rlsearch.training.data.load_data` returned. On the CPU its arrays are used as they are, not copied.
+        data: what `rlsearch.training.data.load_data` returned, decoded. On the CPU its arrays are used as they are.
         device: where training runs.
-
-    Attributes:
-        device: where training runs.
-        labels: (num_train,) int64, of the training images.
-        flip: whether training images are mirrored, and how, as in `rlsearch.training.augmentation.Augmented`.
-        crop: by how many pixels training images are shifted at most.
-        cutout: the side of the square that is cut out of training images; 0: none.
-        input_shape: of a batch without its first axis, (3, H, W).
-        num_train: how many training images there are.
-        num_validation: how many validation images there are.
     """
 
     def __init__(self, data: ImageData, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        self.flip = data.flip
-        self.crop = data.crop
-        self.cutout = data.cutout
-        self.input_shape = data.input_shape
-        self.num_train = len(data.train.labels)
-        self.num_validation = len(data.validation.labels)
-        self._images, self.labels = self._send(data.train)
-        self._validation = self._send(data.validation)
-        self._normalised = Normalisation(data.mean, data.std, data.input_shape[2], self.device)
+        device = torch.device(device)
+        self._images, labels = on_device(decoded(data.train), device)
+        self._validation = on_device(decoded(data.validation), device)
+        super().__init__(data, device, labels)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the set takes on the device."""
+        """See `ImageBatches.num_bytes`."""
         return sum(tensor.nbytes for tensor in (self._images, self.labels, *self._validation))
-
-    def num_batches(self, batch_size: int) -> int:
-        """Training batches an epoch."""
-        full, rest = divmod(self.num_train, batch_size)
-        return full + (rest > 1)
 
     def generator(self, seed: int, epoch: int) -> torch.Generator:
         """The host's random stream for the augmentation of an epoch; the same for the same two numbers."""
@@ -87,17 +64,7 @@ class DeviceData:
     def train_batches(
         self, batch_size: int, epoch: int, seed: int, start_step: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The augmented training images of an epoch; everything random depends on ``seed`` and ``epoch`` alone.
-
-        Args:
-            batch_size: images a batch, the last one excepted.
-            epoch: from 0 or 1 on.
-            seed: of order and augmentation.
-            start_step: how many batches are left out at the beginning; the others are as they would be after them.
-
-        Yields:
-            Images (B, 3, H, W) float32 channels_last, normalised; labels (B,); positions (B,) in the training set.
-        """
+        """See `ImageBatches.train_batches`."""
         order, shape = self._order(epoch, seed), self._images.shape[1:]
         changes = EpochAugmentation.draw(self, order, shape, batch_size, seed=seed, epoch=epoch, device=self.device)
         order = order.to(self.device, non_blocking=True)
@@ -141,22 +108,8 @@ class DeviceData:
         return described.hexdigest()[:16]
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The validation images in their own order: images (B, 3, H, W) as in `train_batches`, labels (B,)."""
+        """See `ImageBatches.validation_batches`."""
         return self._plain_batches(*self._validation, batch_size)
-
-    def split_batches(self, split: ImageSplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Another split (test) in its own order, normalised with the statistics of the training images.
-
-        Raises:
-            DataError: its images have another shape than the training images.
-        """
-        expected = tuple(self._images.shape[1:])
-        if split.images.shape[1:] != expected:
-            raise DataError(
-                f"images of shape {split.images.shape[1:]} (channels, height, width) cannot stand beside training "
-                f"images of shape {expected}; set data.image_size to bring all to one size"
-            )
-        return self._plain_batches(*self._send(split), batch_size)
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         return torch.randperm(self.num_train, generator=random_stream(seed, epoch, ORDER))
@@ -164,14 +117,3 @@ class DeviceData:
     def _parts(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
         for batch in range(self.num_batches(batch_size)):
             yield order[batch * batch_size : (batch + 1) * batch_size]
-
-    def _plain_batches(self, images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(labels), batch_size):
-            part = slice(start, start + batch_size)
-            yield self._normalised(images[part]), labels[part]
-
-    def _send(self, split: ImageSplit) -> tuple[Tensor, Tensor]:
-        with warnings.catch_warnings():
-            # Ray's shared memory is read-only, which torch warns about; nothing here writes to these tensors.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(split.images).to(self.device), torch.from_numpy(split.labels).to(self.device)

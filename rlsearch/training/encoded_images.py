@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,26 +14,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsearch.errors import DataError
-from rlsearch.training.data_decode import Pixels, Source, decode_images
+from rlsearch.training.data_decode import BrokenImageError, Pixels, Source, decode_images, size_on_disk
 from rlsearch.training.data_split import Indices
+
+# Row groups are shuffled together until they hold so many images, which each worker then has in memory, encoded.
+_WINDOW_IMAGES, _LEAST_WINDOW = 2048, 2
 
 
 class EncodedImages(ABC):
     """Images in the order of the split's labels, in groups that are read together. Light: workers get a copy.
 
     Attributes:
-        files: all files that hold them.
         image_size: as in `decode_images`.
         group_starts: the position of each group's first image, and behind the last the number of images, (G + 1,).
+        window: how many groups are shuffled together, and so held open at once.
     """
 
-    files: tuple[Path, ...]
     image_size: int | None
     group_starts: Indices
+    window: int
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold the images, in their order."""
 
     @abstractmethod
-    def read(self, group: int, rows: Indices) -> list[Source]:
-        """The images at ``rows`` of a group, not yet decoded.
+    def open_group(self, group: int) -> Callable[[Indices], list[Source]]:
+        """What gives the images at rows (n,) of a group, not yet decoded.
 
         Raises:
             DataError: the group cannot be read.
@@ -43,11 +52,26 @@ class EncodedImages(ABC):
         groups = np.searchsorted(self.group_starts, indices, side="right") - 1
         present, firsts = np.unique(groups, return_index=True)
         for group, part in zip(present.tolist(), np.split(indices, firsts[1:]), strict=True):
-            yield from self.read(group, part - self.group_starts[group])
+            yield from self.open_group(group)(part - self.group_starts[group])
 
     def pixels(self, indices: Indices, broken: list[int] | None = None) -> Pixels:
         """The images at sorted positions (n,), decoded to (n, 3, H, W); arguments and errors as in `decode_images`."""
         return decode_images(self.items(indices), len(indices), self.image_size, broken)
+
+    def first_size(self, indices: Indices, skip_broken: bool) -> tuple[int, int]:
+        """Height and width of the first image at sorted positions (n,) whose beginning can be read.
+
+        Raises:
+            DataError: none can be, or the first one cannot and is not to be skipped.
+        """
+        for where, source in self.items(indices):
+            try:
+                return size_on_disk(where, source)
+            except BrokenImageError as error:
+                if not skip_broken:
+                    raise
+                last = error
+        raise DataError(f"none of {len(indices)} images can be decoded; the last one's error: {last}")
 
 
 @dataclass(frozen=True)
@@ -86,10 +110,11 @@ class ShardImages(EncodedImages):
     """The ``image`` column of Parquet shards, read by row group."""
 
     def __init__(self, shards: Sequence[Shard], image_size: int | None) -> None:
-        self.files = tuple(shard.path for shard in shards)
+        self._paths = tuple(shard.path for shard in shards)
         self.image_size = image_size
         sizes = [size for shard in shards for size in shard.group_sizes]
         self.group_starts = np.cumsum([0, *sizes], dtype=np.int64)
+        self.window = max(_LEAST_WINDOW, math.ceil(_WINDOW_IMAGES * len(sizes) / max(1, sum(sizes))))
         # For every row group: its shard, its number there, and the shard's row that it begins with.
         self._places = [
             (shard.path, number, sum(shard.group_sizes[:number]))
@@ -97,8 +122,13 @@ class ShardImages(EncodedImages):
             for number in range(len(shard.group_sizes))
         ]
 
-    def read(self, group: int, rows: Indices) -> list[Source]:
-        """See `EncodedImages.read`."""
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See `EncodedImages.files`."""
+        return self._paths
+
+    def open_group(self, group: int) -> Callable[[Indices], list[Source]]:
+        """See `EncodedImages.open_group`; the group's encoded images are in memory as long as the result is."""
         path, number, first = self._places[group]
         try:
             with pq.ParquetFile(path) as file:
@@ -108,17 +138,23 @@ class ShardImages(EncodedImages):
         size = self.group_starts[group + 1] - self.group_starts[group]
         if len(column) != size:
             raise DataError(f"{path}: row group {number} has {len(column)} rows, and had {size}: the file was changed")
-        return [(f"{path}, row {first + row}", column[row].as_py()) for row in rows.tolist()]
+        return lambda rows: [(f"{path}, row {first + row}", column[row].as_py()) for row in rows.tolist()]
 
 
 class FileImages(EncodedImages):
     """One file an image, each a group of its own."""
 
     def __init__(self, files: Sequence[Path], image_size: int | None) -> None:
-        self.files = tuple(files)
+        self._names = [str(file) for file in files]  # a path is an object of its own, ten times as large
         self.image_size = image_size
+        self.window = len(files)
         self.group_starts = np.arange(len(files) + 1, dtype=np.int64)
 
-    def read(self, group: int, rows: Indices) -> list[Source]:
-        """See `EncodedImages.read`; the file is read where it is decoded."""
-        return [(str(self.files[group]), self.files[group])]
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See `EncodedImages.files`."""
+        return tuple(map(Path, self._names))
+
+    def open_group(self, group: int) -> Callable[[Indices], list[Source]]:
+        """See `EncodedImages.open_group`; the file is read where it is decoded."""
+        return lambda rows: [(self._names[group], Path(self._names[group]))] * len(rows)

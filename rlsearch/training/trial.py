@@ -28,8 +28,7 @@ from rlsearch.replacement import (
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
 from rlsearch.training.data import DataSpec, ImageData, load_data
-from rlsearch.training.device_data import DeviceData
-from rlsearch.training.feature_inputs import TrainingInputs
+from rlsearch.training.feature_inputs import TrainingInputs, check_features
 from rlsearch.training.loop import (
     TrainingSpec,
     build_optimizer,
@@ -41,6 +40,7 @@ from rlsearch.training.loop import (
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
 from rlsearch.training.spending import Spending
+from rlsearch.training.stream_data import open_images
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
@@ -139,10 +139,11 @@ class Trial:
         self.epochs_done = 0
         data = data if data is not None else load_data(spec.data)
         _check_classes(spec, data)
+        check_features(spec.policy.learn_drop, data)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
         with _memory_errors():
-            self._data = DeviceData(data, self.device)
+            self._data = open_images(data, self.device)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
             self._costs = _cost_model(
