@@ -50,7 +50,8 @@ def from_mapping(cls: type[T], content: Any, key: str, problems: list[Problem]) 
     """An instance of the settings dataclass ``cls``; None when ``content`` is no mapping or lacks a required key.
 
     Args:
-        cls: a dataclass whose fields are text, numbers, booleans or mappings, each possibly optional (``| None``).
+        cls: a dataclass whose fields are text, numbers, booleans or mappings, or one of several of these, each possibly
+            optional (``| None``).
         content: what the user wrote.
         key: the dotted key of ``content``, for messages.
         problems: what is wrong is added here; the caller raises once it has read everything.
@@ -87,7 +88,13 @@ def _value(value: Any, hint: Any, key: str, problems: list[Problem]) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    kind = next(option for option in options if option is not type(None))
+    kinds = [option for option in options if option is not type(None)]
+    if len(kinds) > 1:
+        if type(value) in kinds:
+            return value
+        problems.append(Problem(key, f"must be {' or '.join(_NAMES[kind] for kind in kinds)}, got {value!r}"))
+        return MISSING
+    kind = kinds[0]
     checked = typed(value, dict if typing.get_origin(kind) is Mapping else kind, key, problems)
     return MISSING if checked is None else checked
 

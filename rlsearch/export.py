@@ -25,9 +25,10 @@ from rlsearch.results.selection import baseline, policy_of, record_of
 from rlsearch.results.tables import Run, TrialRecord
 from rlsearch.training.checkpoint import load_weights, save_weights
 from rlsearch.training.data import DataSpec, ImageData, ImageSplit, load_data, load_test
-from rlsearch.training.device_data import DeviceData
+from rlsearch.training.image_stream import StreamSplit
 from rlsearch.training.loop import TrainingSpec, evaluate, resolve_precision
 from rlsearch.training.models import build_spec
+from rlsearch.training.stream_data import open_images
 from rlsearch.training.trial import EVALUATION_BATCH
 
 POLICY_FILE = "policy.json"
@@ -118,7 +119,7 @@ def _measure(
     out: Path,
     record: TrialRecord,
     data: ImageData,
-    test: ImageSplit,
+    test: ImageSplit | StreamSplit,
     training: TrainingSpec,
     model: str | None,
 ) -> ExportReport:
@@ -131,7 +132,7 @@ def _measure(
         note = f"trained on {record.device}, measured again on the CPU: a few images may differ"
     precision = resolve_precision(training.precision, device)
     rebuilt = load_exported(draft, model).to(device).to(memory_format=torch.channels_last)
-    images = DeviceData(data, device)
+    images = open_images(data, device)
     validation = evaluate(rebuilt, images.validation_batches(EVALUATION_BATCH), precision=precision, device=device)
     tested = evaluate(rebuilt, images.split_batches(test, EVALUATION_BATCH), precision=precision, device=device)
     expected = round(record.accuracy * validation.num_images)

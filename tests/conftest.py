@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from own_cache import own_cache
 
 from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
 from rlsearch.results.tables import TrialRecord, epochs_path, write_epochs, write_trials
+
+__all__ = ["own_cache"]
 
 OBJECTIVES = {"accuracy": "maximize", "params": "minimize", "memory": "minimize", "train_flops": "minimize"}
 SPACE = {

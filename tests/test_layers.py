@@ -22,7 +22,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "model_graph": (BASE, {"torch"}),
     "replacement": (BASE | {"model_graph", "replacement"}, {"torch"}),
     "learn_drop": (BASE | {"model_graph", "replacement", "learn_drop"}, {"torch"}),
-    "training": (BASE | {"model_graph", "replacement", "learn_drop", "training"}, {"torch", "torchvision", "sklearn"}),
+    "training": (
+        BASE | {"model_graph", "replacement", "learn_drop", "training"},
+        {"torch", "torchvision", "sklearn", "filelock"},
+    ),
     "results": (BASE | {"results"}, {"tensorboard", "moocore", "plotly", "matplotlib"}),
     "search": (
         BASE | {"model_graph", "replacement", "training", "results", "search"},

@@ -11,10 +11,12 @@ from rlsearch.errors import ModelError, Problem, suggestion
 from rlsearch.model_graph import split, why_not_cut
 from rlsearch.replacement import Unit, find_units
 from rlsearch.search.policy_space import PolicySpace, matched_units
+from rlsearch.search.ranges import values_of
 from rlsearch.search.settings import ReplacementSpace
 from rlsearch.search.space import SearchSpace
 from rlsearch.search.variants import Variant
 from rlsearch.training.data import known_shape
+from rlsearch.training.feature_inputs import not_of_a_stream
 from rlsearch.training.models import build_model, build_spec
 
 _KEY = "space.replacement"
@@ -40,7 +42,7 @@ def check_space(space: SearchSpace) -> list[Problem]:
         model = build_unallocated(space)
     except ModelError as error:
         return [Problem("model", str(error))]
-    problems = []
+    problems = check_streamed(space) if space.data.stream is True else []
     if space.model.weights is not None and not space.model.download:
         try:
             build_spec(space.model)
@@ -59,6 +61,13 @@ def check_space(space: SearchSpace) -> list[Problem]:
         return problems
     problems += _check_units(space.replacement, units, space.model.name)
     return problems or _check_blocks(space.replacement, PolicySpace(space, model, shape))
+
+
+def check_streamed(space: SearchSpace) -> list[Problem]:
+    """What does not go with data that are streamed: features stored of images that are not in memory."""
+    searched = space.searched.get("learn_drop.features")
+    values = values_of(searched) if searched is not None else [space.learn_drop.features] if space.learn_drop else []
+    return [Problem(f"{_DROP_KEY}.features", not_of_a_stream(space.data.name))] if "stored" in values else []
 
 
 def _input_shape(space: SearchSpace) -> tuple[int, int, int] | None:

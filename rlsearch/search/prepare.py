@@ -8,7 +8,7 @@ import torch
 
 from rlsearch.errors import ConfigError
 from rlsearch.policy import Policy
-from rlsearch.search.check import build_unallocated, check_space
+from rlsearch.search.check import build_unallocated, check_space, check_streamed
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import PolicySampler
@@ -36,7 +36,7 @@ class Prepared:
     @property
     def data_bytes(self) -> int:
         """What the images take."""
-        return int(self.data.train.images.nbytes + self.data.validation.images.nbytes)
+        return self.data.num_bytes
 
 
 def prepare(space: SearchSpace, address: str = "local") -> Prepared:
@@ -49,6 +49,10 @@ def prepare(space: SearchSpace, address: str = "local") -> Prepared:
     if problems:
         raise ConfigError(problems, "search space")
     data = load_data(space.data)
+    if data.is_streamed:
+        problems = check_streamed(space)
+        if problems:
+            raise ConfigError(problems, "search space")
     space = space.with_num_classes(data.num_classes)
     if space.model.weights is not None:
         build_spec(space.model)  # fetches them once, before many workers would

@@ -22,7 +22,7 @@ from rlsearch.search.outcome import Outcome
 
 if TYPE_CHECKING:  # torch is loaded by the process that trains, once
     from rlsearch.training.data import ImageData
-    from rlsearch.training.device_data import DeviceData
+    from rlsearch.training.image_batches import ImageBatches
     from rlsearch.training.trial import Trial, TrialSpec
 
 _DETAIL_LINES = 12
@@ -78,7 +78,7 @@ class TrialTrainable(tune.Trainable):
             data: the images; they lie in shared memory, once a node.
         """
         self._settings = settings
-        self._data: ImageData | DeviceData = data
+        self._data: ImageData | ImageBatches = data
         self.prepare_process()
         self._begin(config["job"])
 

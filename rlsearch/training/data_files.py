@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsearch.errors import DataError
-from rlsearch.training.data_decode import Pixels, RawSplit, decode_images
+from rlsearch.training.encoded_images import FileImages, RawSplit, Shard, ShardImages
 
 # The held-out images: what the user calls test, else what the user calls validation (ours is split off train).
 _SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
-
-@dataclass(frozen=True)
-class _Shard:
-    path: Path
-    labels: npt.NDArray[np.int64]
 
 
 def read_parquet(split: str, folder: Path, image_size: int | None) -> RawSplit:
@@ -53,7 +45,7 @@ def read_parquet(split: str, folder: Path, image_size: int | None) -> RawSplit:
     for shard in shards:
         _check_range(shard, len(classes))
     labels = np.concatenate([shard.labels for shard in shards])
-    return RawSplit(labels, classes, partial(_decode_shards, shards, image_size))
+    return RawSplit.of(labels, classes, ShardImages(shards, image_size))
 
 
 def read_image_folder(split: str, folder: Path, image_size: int | None) -> RawSplit:
@@ -81,7 +73,7 @@ def read_image_folder(split: str, folder: Path, image_size: int | None) -> RawSp
             raise DataError(f"{root / name}: no image in the folder of this class ({', '.join(_IMAGE_SUFFIXES)})")
         files += found
         labels += [label] * len(found)
-    return RawSplit(np.array(labels, dtype=np.int64), tuple(classes), partial(_decode_files, files, image_size))
+    return RawSplit.of(np.array(labels, dtype=np.int64), classes, FileImages(files, image_size))
 
 
 def _check_folder(folder: Path) -> None:
@@ -90,12 +82,12 @@ def _check_folder(folder: Path) -> None:
         raise DataError(f"data folder {folder} {what}; give the folder that holds the images")
 
 
-def _read_labels(folder: Path, split: str) -> list[_Shard]:
+def _read_labels(folder: Path, split: str) -> list[Shard]:
     """Every shard of a split with its labels, in name order."""
     for name in _SPLIT_NAMES[split]:
         paths = sorted(path for path in folder.iterdir() if re.fullmatch(rf"{name}([-_.].*)?\.parquet", path.name))
         if paths:
-            shards = [_Shard(path, _read_label_column(path)) for path in paths]
+            shards = [_read_shard(path) for path in paths]
             if not any(len(shard.labels) for shard in shards):
                 raise DataError(f"{folder}: the {name} shards hold no rows")
             return shards
@@ -104,18 +96,20 @@ def _read_labels(folder: Path, split: str) -> list[_Shard]:
     raise DataError(f"{folder}: no {wanted}; found {', '.join(found) or 'nothing'}")
 
 
-def _read_label_column(path: Path) -> npt.NDArray[np.int64]:
+def _read_shard(path: Path) -> Shard:
+    """The labels of a shard; its images stay unread."""
     try:
         with pq.ParquetFile(path) as file:
             _check_schema(file.schema_arrow, path)
             column = file.read(columns=["label"]).column("label")
+            sizes = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise DataError(f"{path}, row {row}: label is missing")
         labels: npt.NDArray[np.int64] = column.cast(pa.int64()).to_numpy()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet, it may be truncated: {error}") from None
-    return labels
+    return Shard(path, labels, sizes)
 
 
 def _check_schema(schema: Any, path: Path) -> None:
@@ -148,7 +142,7 @@ def _read_classes(folder: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _classes_from_labels(shards: Sequence[_Shard], folder: Path) -> tuple[str, ...]:
+def _classes_from_labels(shards: Sequence[Shard], folder: Path) -> tuple[str, ...]:
     present = np.unique(np.concatenate([shard.labels for shard in shards]))
     negative = next((shard for shard in shards if (shard.labels < 0).any()), None)
     if negative is not None:
@@ -162,7 +156,7 @@ def _classes_from_labels(shards: Sequence[_Shard], folder: Path) -> tuple[str, .
     return tuple(str(label) for label in present)
 
 
-def _check_range(shard: _Shard, num_classes: int) -> None:
+def _check_range(shard: Shard, num_classes: int) -> None:
     outside = np.flatnonzero((shard.labels < 0) | (shard.labels >= num_classes))
     if len(outside):
         row = int(outside[0])
@@ -170,40 +164,6 @@ def _check_range(shard: _Shard, num_classes: int) -> None:
             f"{shard.path}, row {row}: label {shard.labels[row]} is out of range, it must be in "
             f"[0, {num_classes - 1}] for {num_classes} classes"
         )
-
-
-def _decode_shards(shards: Sequence[_Shard], image_size: int | None, indices: npt.NDArray[np.int64]) -> Pixels:
-    return decode_images(_encoded_rows(shards, indices), len(indices), image_size)
-
-
-def _encoded_rows(shards: Sequence[_Shard], indices: npt.NDArray[np.int64]) -> Iterator[tuple[str, bytes]]:
-    """The encoded images at sorted positions; one row group is in memory at a time."""
-    start = 0
-    for shard in shards:
-        rows = indices[(indices >= start) & (indices < start + len(shard.labels))] - start
-        start += len(shard.labels)
-        if not len(rows):
-            continue
-        try:
-            yield from _encoded_rows_of(shard.path, rows)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{shard.path} cannot be read, it may be damaged: {error}") from None
-
-
-def _encoded_rows_of(path: Path, rows: npt.NDArray[np.int64]) -> Iterator[tuple[str, bytes]]:
-    with pq.ParquetFile(path) as file:
-        first = 0
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            wanted = rows[(rows >= first) & (rows < first + size)]
-            if len(wanted):
-                column = file.read_row_group(group, columns=["image"]).column("image")
-                for row in wanted.tolist():
-                    content = column[row - first].as_py()
-                    if content is None:
-                        raise DataError(f"{path}, row {row}: image is missing")
-                    yield f"{path}, row {row}", content
-            first += size
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -218,7 +178,3 @@ def _test_folder(folder: Path, train: Path) -> Path:
         if train != folder and (folder / name).is_dir():
             return folder / name
     raise DataError(f"{folder}: there is no test split; put it into {folder / 'test'}, beside {folder / 'train'}")
-
-
-def _decode_files(files: Sequence[Path], image_size: int | None, indices: npt.NDArray[np.int64]) -> Pixels:
-    return decode_images(((str(files[index]), files[index]) for index in indices), len(indices), image_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rlsearch.errors import DataError
-from rlsearch.training.data_decode import Pixels, RawSplit, resize_images
+from rlsearch.training.data_decode import Pixels, resize_images
 from rlsearch.training.data_files import read_image_folder
 from rlsearch.training.data_split import stratified_split
+from rlsearch.training.encoded_images import RawSplit
 
 _DIGITS_TEST_FRACTION = 0.2
 # Fixed for good, so that no spec's seed ever moves an image from test to train.
@@ -71,7 +73,7 @@ def read_imagenette(split: str, root: Path, download: bool, image_size: int | No
         _fetch("Imagenette", root, size=size)
     raw = read_image_folder(split, folder, image_size)
     classes = _IMAGENETTE_NAMES if len(raw.classes) == len(_IMAGENETTE_NAMES) else raw.classes
-    return RawSplit(raw.labels, classes, raw.pixels)
+    return replace(raw, classes=classes)
 
 
 def read_torchvision(name: str, split: str, root: Path, download: bool, image_size: int | None) -> RawSplit:
@@ -96,7 +98,7 @@ def _from_array(
     return RawSplit(labels, classes, partial(_select, images, image_size))
 
 
-def _select(images: Pixels, image_size: int | None, indices: npt.NDArray[np.int64]) -> Pixels:
+def _select(images: Pixels, image_size: int | None, indices: npt.NDArray[np.int64], broken: list[int] | None) -> Pixels:
     return resize_images(np.ascontiguousarray(images[indices]), image_size)
 
 

@@ -13,7 +13,8 @@ from rlsearch.learn_drop.feature_store import Key, Places
 from rlsearch.learn_drop.feature_times import cache_times, probe_cache
 from rlsearch.learn_drop.features import FeatureForm
 from rlsearch.learn_drop.payoff import CacheTimes
-from rlsearch.training.device_data import DeviceData, shifted
+from rlsearch.training.augmentation import shifted
+from rlsearch.training.device_data import DeviceData
 from rlsearch.training.feature_key import feature_key
 from rlsearch.training.feature_views import Views
 from rlsearch.training.loop import autocast

@@ -11,15 +11,34 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rlsearch.errors import ConfigError, Problem
 from rlsearch.learn_drop import Dropper, FeatureCache
 from rlsearch.learn_drop.feature_store import Key, Places, first_line, is_shortage, places_now
 from rlsearch.learn_drop.feature_times import worth_storing
 from rlsearch.learn_drop.features import FeatureForm
+from rlsearch.policy import LearnDrop
+from rlsearch.training.data import ImageData
 from rlsearch.training.device_data import DeviceData
 from rlsearch.training.feature_building import FeatureBuilder, cropped
 from rlsearch.training.feature_views import Views
+from rlsearch.training.image_batches import ImageBatches
 
 _LOG = logging.getLogger(__name__)
+
+
+def check_features(learn_drop: LearnDrop | None, data: ImageData | ImageBatches) -> None:
+    """Features are stored of a few fixed views of images in memory; a streamed set's prefix is run at every step.
+
+    Raises:
+        ConfigError: features are to be stored of a streamed set.
+    """
+    if learn_drop is not None and learn_drop.features == "stored" and data.is_streamed:
+        raise ConfigError([Problem("learn_drop.features", not_of_a_stream(data.name))], "trial")
+
+
+def not_of_a_stream(name: str) -> str:
+    """Why ``features: stored`` does not go with the data of this name, and what does."""
+    return f"'stored' needs images in memory, but {name!r} is streamed; set recompute or auto, or data.stream to false"
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class TrainingInputs:
     is logged and training goes on from the images, as with ``recompute``; the next cut tries again.
 
     Args:
-        data: the images on the device.
+        data: the images; features are stored only of those that are in memory.
         model: what is trained.
         dropper: decides the cut; None where nothing is ever dropped.
         batch_size: images a step.
@@ -50,7 +69,7 @@ class TrainingInputs:
 
     def __init__(
         self,
-        data: DeviceData,
+        data: ImageBatches,
         model: nn.Module,
         dropper: Dropper | None,
         batch_size: int,
@@ -68,7 +87,9 @@ class TrainingInputs:
         self._precision = precision
         self._scratch = scratch
         self._run_name = hashlib.sha256(run.encode()).hexdigest()[:16]
-        self._features = "recompute" if dropper is None else dropper.settings.features
+        # What stored features are made from.
+        self._images = data if isinstance(data, DeviceData) else None
+        self._features = "recompute" if dropper is None or self._images is None else dropper.settings.features
         self._cache: FeatureCache | None = None
         self._views = Views(1, 0, cropped=False)
         self._cut = 0  # the cut that the cache, or the decision against one, is for
@@ -101,13 +122,14 @@ class TrainingInputs:
             for images, labels, _ in self._data.train_batches(self._batch_size, epoch, self._seed):
                 yield images, labels
             return
-        generator = self._data.generator(self._seed, epoch)
+        data = self._in_memory
+        generator = data.generator(self._seed, epoch)
         # Rows are looked up where the features lie.
-        order = self._data.epoch_order if cache.store.tier == "device" else self._data.host_order
+        order = data.epoch_order if cache.store.tier == "device" else data.host_order
         arguments = self._batch_size, epoch, self._seed
         positions = ((indices, (indices + epoch) % self._views.number) for indices in order(*arguments))
-        for indices, features in zip(self._data.epoch_order(*arguments), cache.batches(positions), strict=True):
-            yield cropped(features, self._views, generator), self._data.labels[indices]
+        for indices, features in zip(data.epoch_order(*arguments), cache.batches(positions), strict=True):
+            yield cropped(features, self._views, generator), data.labels[indices]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What `batches` yields, to logits."""
@@ -131,7 +153,7 @@ class TrainingInputs:
             return None
         start = self._cut if self._cache is not None else 0
         self._cut = dropper.cut
-        builder = FeatureBuilder(self._data, self._model, dropper, self._batch_size, self._seed, self._precision)
+        builder = FeatureBuilder(self._in_memory, self._model, dropper, self._batch_size, self._seed, self._precision)
         was_stored = self._was_stored_at == self._cut
         self._was_stored_at = None
         try:
@@ -158,6 +180,11 @@ class TrainingInputs:
         if self._cache is not None:
             self._cache.close()
         self._cache = None
+
+    @property
+    def _in_memory(self) -> DeviceData:
+        assert self._images is not None  # nothing is stored of a streamed set
+        return self._images
 
     def _follow(self, builder: FeatureBuilder, start: int, remaining_epochs: int | None) -> CacheWork | None:
         """The cache at the new cut; where there is to be none, none is left."""

@@ -29,7 +29,8 @@ class Views:
     Feature maps (C, H, W) of the image's proportions: two views where the data are flipped (plain and mirrored), else
     one; the crop is made at every step, as a shift of the features by whole cells. Anything else (tokens (L, D), say)
     cannot be shifted: where the data are cropped, four views, the first plain, the others each with one fixed crop an
-    image. View v is mirrored where v is odd and the data are flipped.
+    image. View v is mirrored where v is odd and the data are flipped. Nothing is cut out of any view: features come
+    from whole images, and no value of theirs stands for nothing.
 
     Attributes:
         number: V.
@@ -54,7 +55,7 @@ class Views:
         offsets = data.view_offsets(view, seed) if self.cropped else None
         for start in range(0, num_images, batch_size):
             indices = torch.arange(start, min(start + batch_size, num_images), device=data.device)
-            yield data.view(indices, data.flip and view % 2 == 1, offsets)
+            yield data.view(indices, bool(data.flip) and view % 2 == 1, offsets)
 
     def fill(self, cache: FeatureCache, data: DeviceData, prefix: Prefix, seed: int, batch_size: int) -> None:
         """Runs the prefix over every view of every image of the cache."""

@@ -29,9 +29,9 @@ from rlsearch.replacement import (
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
 from rlsearch.training.data import DataSpec, ImageData, load_data
-from rlsearch.training.device_data import DeviceData
 from rlsearch.training.faster_step import PLAIN_STEPS, FasterStep
-from rlsearch.training.feature_inputs import TrainingInputs
+from rlsearch.training.feature_inputs import TrainingInputs, check_features
+from rlsearch.training.image_batches import ImageBatches
 from rlsearch.training.loop import (
     PlainStep,
     TrainingSpec,
@@ -44,6 +44,7 @@ from rlsearch.training.loop import (
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
 from rlsearch.training.spending import Spending
+from rlsearch.training.stream_data import open_images
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
@@ -83,7 +84,7 @@ class TrialSpec:
 def run_trial(
     spec: TrialSpec,
     *,
-    data: ImageData | DeviceData | None = None,
+    data: ImageData | ImageBatches | None = None,
     device: str | None = None,
     scratch: Path | None = None,
     checkpoint: Path | None = None,
@@ -133,7 +134,7 @@ class Trial:
         self,
         spec: TrialSpec,
         *,
-        data: ImageData | DeviceData | None = None,
+        data: ImageData | ImageBatches | None = None,
         device: str | None = None,
         scratch: Path | None = None,
     ) -> None:
@@ -142,10 +143,11 @@ class Trial:
         self.epochs_done = 0
         data = data if data is not None else load_data(spec.data)
         _check_classes(spec, data.name, data.num_classes)
+        check_features(spec.policy.learn_drop, data)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
         with _memory_errors():
-            self._data = data if isinstance(data, DeviceData) else DeviceData(data, self.device)
+            self._data = data if isinstance(data, ImageBatches) else open_images(data, self.device)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
             self._costs = _cost_model(
@@ -190,7 +192,7 @@ class Trial:
         return self.epochs_done >= self.spec.training.epochs
 
     @property
-    def images(self) -> DeviceData:
+    def images(self) -> ImageBatches:
         """The images on the device, which the next trial in this process may take over."""
         return self._data
 

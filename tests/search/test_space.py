@@ -532,3 +532,18 @@ def test_a_space_is_frozen() -> None:
     with pytest.raises(AttributeError):
         space.num_classes = 3
     assert isinstance(space, SearchSpace)
+
+
+@pytest.mark.parametrize("features", ["stored", ["recompute", "stored"]])
+def test_features_of_streamed_data_cannot_be_stored(features: Any) -> None:
+    content = small(
+        data={"name": "imagefolder:photos", "image_size": 32, "stream": True},
+        space={"learn_drop": {"features": features}},
+    )
+    (problem,) = check_space(parse_space(content))
+    assert problem.key == "space.learn_drop.features"
+    assert "'stored' needs images in memory, but 'imagefolder:photos' is streamed" in problem.message
+    content["data"]["stream"] = "auto"
+    assert check_space(parse_space(content)) == []
+    content |= {"data": {**content["data"], "stream": True}, "space": {"learn_drop": {"features": "auto"}}}
+    assert check_space(parse_space(content)) == []

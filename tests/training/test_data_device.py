@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlsearch.errors import DataError
+from rlsearch.training.augmentation import shifted
 from rlsearch.training.data import ImageData, ImageSplit
-from rlsearch.training.device_data import DeviceData, shifted
+from rlsearch.training.device_data import DeviceData
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def image_data(count: int = 20, channels: int = 3, side: int = 6, flip: bool = True, crop: int = 2) -> ImageData:
+def image_data(
+    count: int = 20, channels: int = 3, side: int = 6, flip: bool | str = True, crop: int = 2, cutout: int = 0
+) -> ImageData:
     """Images in which every shift and flip can be told apart; read-only, as Ray's are."""
     source = np.random.default_rng(0)
 
@@ -29,7 +32,7 @@ def image_data(count: int = 20, channels: int = 3, side: int = 6, flip: bool = T
             array.setflags(write=False)
         return ImageSplit(images, labels)
 
-    return ImageData(split(count), split(7), 10, tuple("0123456789"), MEAN, STD, flip, crop, "made up")
+    return ImageData(split(count), split(7), 10, tuple("0123456789"), MEAN, STD, flip, crop, "made up", cutout)
 
 
 def normalised(images: np.ndarray) -> Tensor:
