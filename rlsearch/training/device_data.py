@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlsearch.errors import DataError
 from rlsearch.training.data import ImageData, ImageSplit
+from rlsearch.training.distributed import Group
 
 # What a random stream is for; each purpose has its own, so that none repeats another.
 _ORDER, _AUGMENTATION, _VIEWS = 0, 1, 2
@@ -28,6 +29,8 @@ class DeviceData:
     Args:
         data: what `rlsearch.training.data.load_data` returned. On the CPU its arrays are used as they are, not copied.
         device: where training runs.
+        group: the processes that train together, where there are several: batches are this process's parts then, and
+            what is random in them is the same as in a training alone.
 
     Attributes:
         device: where training runs.
@@ -39,8 +42,9 @@ class DeviceData:
         num_validation: how many validation images there are.
     """
 
-    def __init__(self, data: ImageData, device: torch.device | str) -> None:
+    def __init__(self, data: ImageData, device: torch.device | str, group: Group | None = None) -> None:
         self.device = torch.device(device)
+        self._group = group
         self.flip = data.flip
         self.crop = data.crop
         self.input_shape = data.input_shape
@@ -92,14 +96,20 @@ class DeviceData:
         generator = self.generator(seed, epoch)
         offsets = _offsets(self.num_train, self.crop, generator).to(self.device, non_blocking=True)
         mirrored = (torch.rand(self.num_train, generator=generator) < 0.5).to(self.device, non_blocking=True)
-        for batch, indices in enumerate(self.epoch_order(batch_size, epoch, seed)):
-            part = slice(batch * batch_size, batch * batch_size + len(indices))
+        for batch, whole in enumerate(self.epoch_order(batch_size, epoch, seed)):
+            own = self.own_part(len(whole))
+            indices = whole[own]
+            part = slice(batch * batch_size + own.start, batch * batch_size + own.stop)
             images = self._images.index_select(0, indices)
             if self.crop:
                 images = _padded_crop(images, self.crop, offsets[:, part])
             if self.flip:
                 images = torch.where(mirrored[part, None, None, None], images.flip(3), images)
             yield self._normalised(images), self.labels[indices], indices
+
+    def own_part(self, count: int) -> slice:
+        """This process's part of a training batch of ``count`` images, which is under way from now on."""
+        return slice(0, count) if self._group is None else self._group.take(count)
 
     def view(self, indices: Tensor, flipped: bool = False, offsets: Tensor | None = None) -> Tensor:
         """Training images without any randomness, as for a cache of features.
@@ -132,8 +142,11 @@ class DeviceData:
         return described.hexdigest()[:16]
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The validation images in their own order: images (B, 3, H, W) as in `train_batches`, labels (B,)."""
-        return self._plain_batches(*self._validation, batch_size)
+        """The validation images, or this process's part of them, in their own order: images (B, 3, H, W) as in
+        `train_batches`, labels (B,)."""
+        images, labels = self._validation
+        own = slice(None) if self._group is None else self._group.stretch(len(labels))
+        return self._plain_batches(images[own], labels[own], batch_size)
 
     def split_batches(self, split: ImageSplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Another split (test) in its own order, normalised with the statistics of the training images.
@@ -173,16 +186,24 @@ class DeviceData:
             return torch.from_numpy(split.images).to(self.device), torch.from_numpy(split.labels).to(self.device)
 
 
-def shifted(features: Tensor, cells: int, generator: torch.Generator) -> Tensor:
+def shifted(
+    features: Tensor,
+    cells: int,
+    generator: torch.Generator,
+    whole: int | None = None,
+    own: slice = slice(None),
+) -> Tensor:
     """Each feature map of a batch shifted by up to ``cells`` cells in both directions, zeros moving in.
 
     Args:
         features: (B, C, H, W); its memory format is kept.
         cells: the greatest shift, >= 1.
         generator: a stream of the host, as `DeviceData.generator` gives it.
+        whole: how many images the batch has, where these are only the ``own`` part of it.
+        own: which of the batch's images these are.
     """
     count, channels, height, width = features.shape
-    offsets = (_offsets(count, cells, generator) - cells).to(features.device, non_blocking=True)
+    offsets = (_offsets(whole or count, cells, generator)[:, own] - cells).to(features.device, non_blocking=True)
     rows, rows_inside = _moved_axis(offsets[0], height)
     columns, columns_inside = _moved_axis(offsets[1], width)
     # With the channels last a cell is one run of memory, so that this one gather is all the copying there is.

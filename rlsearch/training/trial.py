@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -29,6 +29,7 @@ from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.device_data import DeviceData
+from rlsearch.training.distributed import Group, largest_share
 from rlsearch.training.feature_inputs import TrainingInputs
 from rlsearch.training.loop import (
     TrainingSpec,
@@ -123,7 +124,12 @@ class _Epoch:
 class Trial:
     """A training that can stop after any epoch and go on from its state.
 
-    The arguments and errors are those of `run_trial`.
+    The arguments and errors are those of `run_trial`, and:
+
+    Args:
+        group: the processes that train this one model together, each with a `Trial` of its own of the same
+            specification; None for a training alone. All of them run every epoch, from the same state; the metrics are
+            the whole training's in each of them, and every process's state is as good as another's.
     """
 
     def __init__(
@@ -133,8 +139,10 @@ class Trial:
         data: ImageData | None = None,
         device: str | None = None,
         scratch: Path | None = None,
+        group: Group | None = None,
     ) -> None:
         self.spec = spec
+        self._group = group
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.epochs_done = 0
         data = data if data is not None else load_data(spec.data)
@@ -142,13 +150,13 @@ class Trial:
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
         with _memory_errors():
-            self._data = DeviceData(data, self.device)
+            self._data = DeviceData(data, self.device, group)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
             self._costs = _cost_model(
                 json.dumps(asdict(spec.model), sort_keys=True),
                 data.input_shape,
-                training.batch_size,
+                training.batch_size if group is None else largest_share(training.batch_size, group.size),
                 training.optimizer,
                 self._precision,
             )
@@ -165,7 +173,9 @@ class Trial:
                 self._precision,
                 scratch=scratch or Path(tempfile.gettempdir()),
                 run=json.dumps(spec.to_dict(), sort_keys=True),
+                group=group,
             )
+        self._wrapped: tuple[int, Callable[[Tensor], Tensor]] | None = None
         self._spending = Spending(self._costs, spec.policy)
 
     @property
@@ -198,6 +208,7 @@ class Trial:
                 self._data.validation_batches(EVALUATION_BATCH),
                 precision=self._precision,
                 device=self.device,
+                group=self._group,
             )
         if self.done:
             self._inputs.close()
@@ -275,21 +286,27 @@ class Trial:
         cut, stored, num_learnable = self._cut, self._inputs.stored, learnable_params(self.model)
         step_memory = self._spending.step_memory(self.model, cut, stored=stored) + self._inputs.stored_bytes
         started = self._now()
+        if self._group is not None:
+            self._group.seed(self.spec.seed, epoch)
         if self._dropper:
             self._dropper.train_mode()
         else:
             self.model.train()
         result = train_epoch(
-            self._inputs.forward,
+            self._forward(),
             self._measured(self._inputs.batches(epoch)),
             self._optimizer,
             rates,
             label_smoothing=training.label_smoothing,
             precision=self._precision,
             device=self.device,
+            group=self._group,
         )
         if self.device.type == "cuda":
             step_memory = torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
+        if self._group is not None:
+            step_memory = self._group.greatest(step_memory)
+            self._group.share_buffers(self.model)
         if epoch == 0:
             self._spending.sums.memory = step_memory
         self.epochs_done += 1
@@ -301,6 +318,15 @@ class Trial:
         self._spending.sums.train_seconds += self._now() - started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
         return _Epoch(result.loss, rates[-1], step_memory, left)
+
+    def _forward(self) -> Callable[[Tensor], Tensor]:
+        """From a batch's inputs to logits; with several processes through what brings their gradients together."""
+        if self._group is None:
+            return self._inputs.forward
+        if self._wrapped is None or self._wrapped[0] != self._cut:
+            self._wrapped = None  # its hooks on the parameters go before new ones come
+            self._wrapped = self._cut, self._group.wrap(self.model, self._inputs.forward)
+        return self._wrapped[1]
 
     @property
     def _cut(self) -> int:
@@ -338,7 +364,10 @@ class Trial:
         if settings is None:
             return None
         units = [unit.name for unit in self._costs.units]
-        return Dropper(self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units)
+        agree = None if self._group is None else self._group.from_first
+        return Dropper(
+            self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units, agree=agree
+        )
 
 
 def _check_classes(spec: TrialSpec, data: ImageData) -> None:
