@@ -200,7 +200,9 @@ class DistributedTrainable(tune.Trainable):
             result = ray.get(ready[0])
             found.append((order[ready[0]], result))
             if deadline is None and _has_failed(result):
-                deadline = time.monotonic() + _GRACE_SECONDS
+                # Memory that ran out is no consequence of anything else's end.
+                out_of_memory = result["outcome"].state == "INFEASIBLE"
+                deadline = time.monotonic() + (0 if out_of_memory else _GRACE_SECONDS)
         if deadline is None:
             found.sort(key=lambda item: item[0])
         return [result for _, result in found]

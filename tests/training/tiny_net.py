@@ -25,6 +25,13 @@ def make(num_classes: int) -> TinyNet:
     return TinyNet(num_classes)
 
 
+def make_with_dropout(num_classes: int) -> nn.Module:
+    """Batch norm, and random numbers in the forward pass."""
+    net = TinyNet(num_classes)
+    net.units.append(nn.Dropout(0.2))
+    return net
+
+
 def make_without_batch_norm(num_classes: int) -> TinyNet:
     """What an image gives does not depend on the others of its batch."""
     return TinyNet(num_classes, lambda width: nn.GroupNorm(2, width))
