@@ -20,7 +20,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlsearch.errors import RunFolderError, TrialError
+from rlsearch.errors import DivergedError, RunFolderError, TrialError, UserError
 from rlsearch.search.cluster import Slots
 from rlsearch.search.worker import Job, TrainingProcess, WorkerSettings
 
@@ -103,6 +103,10 @@ class Rank(TrainingProcess):
         if self._rank == 0:
             super()._save_state()
 
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        # What is wrong with a trial, or a loss that all of them have summed, all processes find at the same point.
+        return super()._failure(error) | {"in_step": isinstance(error, DivergedError | UserError)}
+
 
 class DistributedTrainable(tune.Trainable):
     """Has one `rlsearch.search.worker.Job` after the other trained by processes that work together.
@@ -151,7 +155,8 @@ class DistributedTrainable(tune.Trainable):
             told = str(error).strip().splitlines()[0]
             raise TrialError(f"one of the trial's {self._settings.workers} processes was lost: {told}") from None
         failed = [result for result in results if _has_failed(result)]
-        if failed:
+        in_step = [result.pop("in_step") for result in failed]
+        if failed and not (all(in_step) and len(failed) == len(self._ranks)):
             # The others may hang in the middle of a step that this one has left.
             self.cleanup()
         result: dict[str, Any] = (failed or results)[0]

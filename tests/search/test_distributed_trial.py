@@ -66,14 +66,15 @@ def space(**changes: Any) -> SearchSpace:
             "replacement": {"units": "units*", "blocks": ["skip", "scalar"], "max_fraction": 0.5},
             "learn_drop": {},
         },
-        "search": {"trials": 3, "seed": 3},
+        "search": {"trials": 4, "seed": 3},
         "resources": {"cpu": 1, "gpu": 0, "workers": 2},
     }
     return parse_space(content | changes)
 
 
 class ClumsyRank(Rank):
-    """The second one is lost once in trial 1, by a real SIGKILL after an epoch, and runs out of memory in trial 2."""
+    """The second one is lost once in trial 1, by a real SIGKILL after an epoch, has read another checkpoint than the
+    first one in trial 2, and runs out of memory in trial 3."""
 
     def __init__(self, settings: WorkerSettings, data: ImageData, rank: int) -> None:
         super().__init__(dataclasses.replace(settings, checkpoint_seconds=0.0), data, rank)
@@ -92,6 +93,8 @@ class ClumsyRank(Rank):
     def make_trial(self, spec: TrialSpec) -> Trial:
         trial = super().make_trial(spec)
         if self._rank == 1 and self._job.number == 2:
+            trial.epochs_done = 1
+        if self._rank == 1 and self._job.number == 3:
             trial.model.register_forward_pre_hook(lambda module, args: args[0].new_empty(2**50))
         return trial
 
@@ -113,8 +116,9 @@ def test_a_search_of_trials_in_two_processes(tmp_path: Path, monkeypatch: pytest
     with ray_cluster():
         records = start_search(searched, folder, console=console, trainable=Clumsy).records
         assert_all_gone(folder)
-    assert [record.state for record in records] == ["COMPLETE", "COMPLETE", "INFEASIBLE"]
-    assert (records[2].reason or "").startswith("out_of_memory: ")
+    assert [record.state for record in records] == ["COMPLETE", "COMPLETE", "FAIL", "INFEASIBLE"]
+    assert "not all of the trial's processes could read its checkpoint" in (records[2].reason or "")
+    assert (records[3].reason or "").startswith("out_of_memory: ")
 
     # The lost process's trial went on from its checkpoint, in both processes.
     assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()
@@ -122,7 +126,7 @@ def test_a_search_of_trials_in_two_processes(tmp_path: Path, monkeypatch: pytest
     assert [line for line in told if line.startswith("1.0")] == ["1.0.1", "1.0.2", "1.0.3"]
     assert [line for line in told if line.startswith("1.1")] == ["1.1.1", "1.1.2", "1.1.3"]
 
-    # Two processes serve trial after trial, until one of them is lost.
+    # Two processes serve trial after trial, one that both fail too, until one of them is lost.
     assert len((folder / "processes").read_text().split()) == 4
     for record in records[:2]:
         rows = read_epochs(folder / "epochs" / f"trial-{record.trial:05d}.parquet")

@@ -88,7 +88,11 @@ def trained(spec: TrialSpec, group: Group | None, epochs: int = EPOCHS) -> dict[
     for _ in range(epochs):
         rows.append(trial.run_epoch().to_dict())
         stored.append(trial.features_in)
-    return {"steps": steps, "rows": rows, "state": trial.state_dict(), "stored": stored}
+    found = {"steps": steps, "rows": rows, "state": trial.state_dict(), "stored": stored, "drawn": torch.rand(4)}
+    if group is not None:
+        assert trial._wrapped is not None
+        found["waited for"] = sum(parameter.numel() for parameter in trial._wrapped[1].parameters())
+    return found
 
 
 def poisoned(group: Group) -> str:
@@ -188,6 +192,12 @@ def test_what_is_compared_drops_and_stores(results: list[dict[str, Any]]) -> Non
     assert results[0]["local size"] == 2
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_learns_is_waited_for(name: str, results: list[dict[str, Any]]) -> None:
+    for found in (result[name] for result in results):
+        assert found["waited for"] == found["rows"][-2]["learnable_params"]  # the last epoch cuts nothing more
+
+
 def test_filling_a_cache_in_every_process_counts_as_spent(results: list[dict[str, Any]]) -> None:
     alone = trained(CASES["schedule, stored"], None)["rows"]
     together = results[0]["schedule, stored"]["rows"]
@@ -206,6 +216,11 @@ def test_both_processes_have_the_same_model_to_the_bit(name: str, results: list[
         assert state["inputs"] == first["inputs"]
     for ours, theirs in zip(*(result[name]["rows"] for result in results), strict=True):
         assert {k: v for k, v in ours.items() if k not in TIMES} == {k: v for k, v in theirs.items() if k not in TIMES}
+
+
+def test_each_process_drops_out_at_random_for_itself(results: list[dict[str, Any]]) -> None:
+    first, second = (result["batch norm"]["drawn"] for result in results)
+    assert not torch.equal(first, second)
 
 
 def test_with_batch_norm_the_model_learns_as_well(results: list[dict[str, Any]]) -> None:
