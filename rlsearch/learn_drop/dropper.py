@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Dropper:
             the units that they borrow from.
         example_input: a batch of what the model takes, for finding its units; needed where it cannot be guessed.
         units: the names of the model's units in forward order, where they are at hand.
+        agree: in a training of several processes, from what this process would cut to what all of them do: equal
+            parameters give equal scores only up to rounding. It is called by every process at every decision.
 
     Raises:
         ConfigError: settings out of range, or ``epochs`` below 1.
@@ -70,6 +72,7 @@ class Dropper:
         report: SurgeryReport | None = None,
         example_input: Tensor | None = None,
         units: Sequence[str] | None = None,
+        agree: Callable[[int], int] | None = None,
     ) -> None:
         self.settings = settings or LearnDrop()
         check_settings(self.settings, epochs)
@@ -78,6 +81,7 @@ class Dropper:
         self.epochs_done = 0
         self._model = model
         self._epochs = epochs
+        self._agree = agree
         self._optimizer = optimizer
         names = unit_names(model, units, report, example_input)
         self._segments = split(model, names)
@@ -216,6 +220,8 @@ class Dropper:
         if self.epochs_done / self._epochs < self.settings.warmup or self.epochs_done >= self._epochs:
             return False
         cut = self._allowed(self._wanted_cut())
+        if self._agree is not None:
+            cut = self._agree(cut)
         if cut <= self.cut:
             return False
         _LOG.info("epoch %d: %s left training", self.epochs_done, ", ".join(self.layers[self.cut : cut]))

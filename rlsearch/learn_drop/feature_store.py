@@ -135,19 +135,21 @@ class Places:
         return FeatureStore(tier, torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
 
 
-def places_now(device: torch.device, folder: Path | None, run: str) -> Places:
+def places_now(device: torch.device, folder: Path | None, run: str, sharers: int = 1) -> Places:
     """Where there is room at this moment, a share left to the training.
 
     Args:
         device: that trains.
         folder: for a file; None: there is to be none.
         run: what tells this run's files from another's.
+        sharers: how many processes of this host each keep such features, on a GPU of their own where they have one.
     """
-    room = {"device": int(_SHARE * available_bytes(device))}
+    of_host = _SHARE / sharers
+    room = {"device": int((_SHARE if device.type == "cuda" else of_host) * available_bytes(device))}
     if device.type == "cuda":
-        room["pinned"] = int(_SHARE * available_bytes(torch.device("cpu")))
+        room["pinned"] = int(of_host * available_bytes(torch.device("cpu")))
     if folder is not None:
-        room["file"] = int(_SHARE * available_disk_bytes(folder))
+        room["file"] = int(of_host * available_disk_bytes(folder))
     return Places(device, room, folder, run)
 
 

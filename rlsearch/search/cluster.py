@@ -43,17 +43,19 @@ class Slots:
 
     Attributes:
         count: trials at once (>= 1).
-        cpu: CPU cores of one trial.
-        gpu: the share of one GPU, or whole GPUs; 0 for training on the CPU.
+        cpu: CPU cores of one process.
+        gpu: the share of one GPU, or whole GPUs, of one process; 0 for training on the CPU.
+        workers: how many processes train one trial together.
     """
 
     count: int
     cpu: float
     gpu: float
+    workers: int = 1
 
     @property
     def num_threads(self) -> int:
-        """Threads that a trial's process may keep busy."""
+        """Threads that a process may keep busy."""
         return max(1, int(self.cpu))
 
 
@@ -115,17 +117,20 @@ def plan_slots(
     resources: Mapping[str, float],
     gpu_bytes: int | None = None,
     most: int | None = None,
+    workers: int = 1,
 ) -> Slots:
     """How many trials fit at once.
 
     Args:
-        cpu: cores of one trial.
-        gpu: GPUs of one trial; None for ``auto``: as many trials share a GPU as its memory and the cores allow, at
-            most eight, for beyond that they only wait for each other.
+        cpu: cores of one process.
+        gpu: GPUs of one process; None for ``auto``: as many trials share a GPU as its memory and the cores allow, at
+            most eight, for beyond that they only wait for each other. Processes that train one trial together share
+            none: each has one whole GPU, where there is any.
         predicted_bytes: the memory of the largest trial, as predicted.
         resources: the cluster's ``CPU`` and ``GPU``, as Ray counts them.
         gpu_bytes: the memory of one GPU, where it is known.
         most: never more trials than this.
+        workers: how many processes train one trial together.
 
     Raises:
         ConfigError: one trial asks for more than there is.
@@ -137,17 +142,22 @@ def plan_slots(
     if gpu is not None and gpu > gpus:
         rule = f"must be at most the {gpus:g} GPUs there are, got {gpu:g}; auto takes what there is"
         problems.append(Problem("resources.gpu", rule))
+    if gpu is None and workers > 1:
+        gpu = 1.0 if gpus else 0.0
+    if not problems and workers > 1:
+        problems += _check_workers(workers, cpu, gpu or 0.0, cores, gpus)
     if problems:
         raise ConfigError(problems, "search space")
-    by_cores = int(cores // cpu)
+    by_cores = int(cores // (cpu * workers))
     if gpu is None:
         share = _trials_a_gpu(predicted_bytes, gpu_bytes, by_cores, gpus)
         gpu = 1 / share if gpus else 0.0
     count = by_cores
     if gpu:
         a_gpu = int(1 / gpu + 1e-9)  # 1/3 is less than a third
-        count = min(by_cores, int(gpus) * a_gpu if gpu <= 1 else int(gpus // gpu))
-    return Slots(max(1, min(count, most or count)), cpu, gpu)
+        processes = int(gpus) * a_gpu if gpu <= 1 else int(gpus // gpu)
+        count = min(by_cores, processes // workers)
+    return Slots(max(1, min(count, most or count)), cpu, gpu, workers)
 
 
 def gpu_memory_bytes() -> int | None:
@@ -162,6 +172,19 @@ def gpu_memory_bytes() -> int | None:
 def machine_cpus() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_workers(workers: int, cpu: float, gpu: float, cores: float, gpus: float) -> list[Problem]:
+    """Whether the processes of one trial have room beside each other."""
+    found = []
+    for each, there, what, less in (
+        (cpu, cores, "cores", "a lower resources.cpu"),
+        (gpu, gpus, "GPUs", "resources.gpu to 0 for the CPU"),
+    ):
+        if workers * each > there:
+            rule = f"{workers} of them with {each:g} {what} each need {workers * each:g}, and there are {there:g}"
+            found.append(Problem("resources.workers", f"{rule}; ask for fewer workers, or set {less}"))
+    return found
 
 
 def _trials_a_gpu(predicted_bytes: int, gpu_bytes: int | None, by_cores: int, gpus: float) -> int:

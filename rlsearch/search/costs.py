@@ -10,6 +10,7 @@ from torch import nn
 from rlsearch.policy import Policy
 from rlsearch.search.constraints import EXACT_METRICS, Constraint
 from rlsearch.training.cost import Cost, CostModel
+from rlsearch.training.distributed import largest_share
 from rlsearch.training.loop import TrainingSpec, resolve_precision
 
 
@@ -20,18 +21,20 @@ class ExactCosts:
         model: the untouched model.
         input_shape: (C, H, W) of one image.
         device: where trials run (``cpu``, ``cuda``): it decides the precision, and whether ``memory`` is known exactly.
+        workers: how many processes train one trial together: memory is that of one, with its part of a batch.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int], device: str = "cpu") -> None:
+    def __init__(self, model: nn.Module, input_shape: Sequence[int], device: str = "cpu", workers: int = 1) -> None:
         self._model = model
         self._input_shape = tuple(input_shape)
         self._device = torch.device(device)
+        self._workers = workers
         self._models: dict[tuple[int, str, str], CostModel] = {}
 
     def cost(self, policy: Policy, training: TrainingSpec) -> Cost:
         """The cost of one training step of ``policy``, nothing dropped."""
         precision = resolve_precision(training.precision, self._device)
-        key = (training.batch_size, training.optimizer, precision)
+        key = (largest_share(training.batch_size, self._workers), training.optimizer, precision)
         if key not in self._models:
             self._models[key] = CostModel(self._model, self._input_shape, *key)
         return self._models[key].cost(policy)

@@ -60,7 +60,7 @@ def prepare(space: SearchSpace, address: str = "local") -> Prepared:
     # A driver on a cluster's head may have no GPU itself: there the search space's word counts.
     asked, has_gpu = space.resources.gpu, torch.cuda.is_available()
     on_gpu = asked != 0 and (has_gpu or (address != "local" and asked is not None))
-    costs = ExactCosts(model, data.input_shape, "cuda" if on_gpu else "cpu")
+    costs = ExactCosts(model, data.input_shape, "cuda" if on_gpu else "cpu", space.resources.workers)
     baseline = Policy(space.model)
     constraints = HardConstraints(space.constraints, costs, baseline, space.training)
     sampler = PolicySampler(PolicySpace(space, model, data.input_shape), constraints)

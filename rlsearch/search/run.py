@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+from ray import tune
 from rich.console import Console
 
 from rlsearch.errors import UserError
@@ -21,7 +22,6 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.study import RunStudy
-from rlsearch.search.trainable import TrialTrainable
 
 __all__ = ["SearchResult", "resume_search", "start_search"]
 
@@ -32,7 +32,7 @@ def start_search(
     *,
     address: str = "local",
     console: Console | None = None,
-    trainable: type[TrialTrainable] = TrialTrainable,
+    trainable: type[tune.Trainable] | None = None,
 ) -> SearchResult:
     """Runs a search from its beginning, in a folder of its own.
 
@@ -41,7 +41,8 @@ def start_search(
         run_dir: the run's folder; made once everything else has been checked.
         address: ``local``, or the address of a Ray cluster; then ``run_dir`` must lie on storage that all nodes share.
         console: where progress is shown; None for the standard output.
-        trainable: what trains; another one replaces the training itself, as a benchmark of the machinery does.
+        trainable: what trains; None for `TrialTrainable`, or `DistributedTrainable` where the space asks for several
+            workers. Another one replaces the training itself, as a benchmark of the machinery does.
 
     Raises:
         UserError: the space, the model, the data or the folder is wrong; nothing was written then.
@@ -69,7 +70,7 @@ def resume_search(
     time_budget: float | None = None,
     address: str = "local",
     console: Console | None = None,
-    trainable: type[TrialTrainable] = TrialTrainable,
+    trainable: type[tune.Trainable] | None = None,
 ) -> SearchResult:
     """Goes on with a search, however it ended: what was interrupted first, then what is left.
 
@@ -114,7 +115,7 @@ def _slots(prepared: Prepared, address: str) -> Slots:
     if address == "local" and gpu_bytes is None:
         resources.pop("GPU", None)  # Ray sees one that this torch cannot use
     most = prepared.space.search.max_concurrent
-    return plan_slots(asked.cpu, asked.gpu, prepared.predicted_bytes, resources, gpu_bytes, most)
+    return plan_slots(asked.cpu, asked.gpu, prepared.predicted_bytes, resources, gpu_bytes, most, asked.workers)
 
 
 def _target(trials: str | int | None, study: RunStudy) -> int:

@@ -21,7 +21,7 @@ from rlsearch.search.sampler import BASELINE, SAMPLER, PolicySampler
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.space import SearchSpace
 from rlsearch.search.study import PlannedTrial, RunStudy
-from rlsearch.search.trainable import Job
+from rlsearch.search.worker import Job
 from rlsearch.training.trial import TrialSpec
 
 _DETAIL_LINES = 12

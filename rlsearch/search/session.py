@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from optuna.exceptions import OptunaError
 from ray import tune
 from ray.exceptions import RayError
@@ -20,6 +21,7 @@ from rich.console import Console
 from rlsearch.errors import SearchError
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.cluster import Slots
+from rlsearch.search.distributed_trial import DistributedTrainable, SharedImages, resources_of
 from rlsearch.search.interrupts import StopRequest, stop_requests
 from rlsearch.search.prepare import Prepared
 from rlsearch.search.progress import SearchProgress
@@ -27,7 +29,8 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.searcher import StopSearch, StudySearcher, has_failed
 from rlsearch.search.study import RunStudy
-from rlsearch.search.trainable import TrialTrainable, WorkerSettings
+from rlsearch.search.trainable import TrialTrainable
+from rlsearch.search.worker import WorkerSettings
 
 # A trial whose process is lost is started once more, from its checkpoint.
 _RETRIES = 1
@@ -58,7 +61,7 @@ class SearchSession:
         folder: of the run, locked by this process.
         study: of the run.
         slots: how many trials run at once.
-        trainable: what trains.
+        trainable: what trains; None for what `slots` ask for.
     """
 
     def __init__(
@@ -67,14 +70,14 @@ class SearchSession:
         folder: RunFolder,
         study: RunStudy,
         slots: Slots,
-        trainable: type[TrialTrainable],
+        trainable: type[tune.Trainable] | None,
     ) -> None:
         self._prepared = prepared
         self._space = prepared.space
         self._folder = folder
         self._study = study
         self._slots = slots
-        self._trainable = trainable
+        self._trainable = trainable or (TrialTrainable if slots.workers == 1 else DistributedTrainable)
 
     def run(self, console: Console, scratch: Path) -> SearchResult:
         """Trains what is left.
@@ -110,9 +113,12 @@ class SearchSession:
 
     def _fit(self, searcher: StudySearcher, watch: _Watch, scratch: Path) -> Exception | None:
         """Runs Tune to its end; the error that ended it before, if one did."""
-        trainable = tune.with_parameters(self._trainable, settings=self._worker_settings(), data=self._prepared.data)
+        data: Any = self._prepared.data
+        if self._slots.workers > 1:
+            data = SharedImages(ray.put(data))
+        trainable = tune.with_parameters(self._trainable, settings=self._worker_settings(), data=data)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": self._slots.cpu, "gpu": self._slots.gpu}),
+            tune.with_resources(trainable, resources_of(self._slots)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=searcher.racing,
@@ -148,6 +154,8 @@ class SearchSession:
             num_threads=self._slots.num_threads,
             gpu=self._slots.gpu,
             import_path=str(Path.cwd()),
+            workers=self._slots.workers,
+            cpu=self._slots.cpu,
         )
 
     def _racing(self, protected: Callable[[str], bool]) -> Racing | None:

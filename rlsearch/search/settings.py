@@ -77,13 +77,16 @@ class Resources:
     """What one trial takes of the machine.
 
     Attributes:
-        cpu: CPU cores (> 0).
-        gpu: GPUs, possibly a fraction; None (``auto`` in YAML) takes a fraction that fits several trials, where
-            there is a GPU.
+        cpu: CPU cores of each worker (> 0).
+        gpu: GPUs of each worker, possibly a fraction; None (``auto`` in YAML) takes a fraction that fits several
+            trials, where there is a GPU; with several workers one whole GPU each.
+        workers: processes that train one trial together (>= 1), each with its part of every batch:
+            ``training.batch_size`` stays that of all of them, and so does what is learned.
     """
 
     cpu: float = 1.0
     gpu: float | None = None
+    workers: int = 1
 
     def problems(self, key: str = "resources") -> list[Problem]:
         """What is out of range, each with its key."""
@@ -94,6 +97,11 @@ class Resources:
             found.append(Problem(f"{key}.gpu", f"must be auto or a finite number of at least 0, got {self.gpu}"))
         if self.gpu is not None and self.gpu > 1 and self.gpu != int(self.gpu):
             found.append(Problem(f"{key}.gpu", f"must be whole above 1, got {self.gpu}"))
+        if self.workers < 1:
+            found.append(Problem(f"{key}.workers", f"must be at least 1, got {self.workers}"))
+        if self.workers > 1 and self.gpu not in (None, 0, 1):
+            rule = f"with {self.workers} workers each trains on a GPU of its own: must be auto, 1, or 0 for the CPU"
+            found.append(Problem(f"{key}.gpu", f"{rule}, got {self.gpu:g}"))
         return found
 
 

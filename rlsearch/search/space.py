@@ -105,6 +105,7 @@ class SearchSpace:
             "resources": {
                 "cpu": self.resources.cpu,
                 "gpu": "auto" if self.resources.gpu is None else self.resources.gpu,
+                "workers": self.resources.workers,
             },
         }
 

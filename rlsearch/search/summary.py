@@ -79,7 +79,7 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
     space, input_shape, warnings = _look_at_data(space)
     model = build_unallocated(space)
     policies = PolicySpace(space, model, input_shape)
-    costs = ExactCosts(model, input_shape)
+    costs = ExactCosts(model, input_shape, workers=space.resources.workers)
     baseline = Policy(space.model)
     hard = HardConstraints(space.constraints, costs, baseline, space.training)
     rng = random.Random(0)

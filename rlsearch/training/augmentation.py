@@ -196,16 +196,24 @@ def windows(images: Tensor, padding: int, corners: Tensor, table: Tensor, with_m
     return padded.view(-1).unfold(0, images.shape[3], 1).index_select(0, rows).view(images.shape)
 
 
-def shifted(features: Tensor, cells: int, generator: torch.Generator) -> Tensor:
+def shifted(
+    features: Tensor,
+    cells: int,
+    generator: torch.Generator,
+    whole: int | None = None,
+    own: slice = slice(None),
+) -> Tensor:
     """Each feature map of a batch shifted by up to ``cells`` cells in both directions, zeros moving in.
 
     Args:
         features: (B, C, H, W); its memory format is kept.
         cells: the greatest shift, >= 1.
         generator: a stream of the host, as `DeviceData.generator` gives it.
+        whole: how many images the batch has, where these are only the ``own`` part of it.
+        own: which of the batch's images these are.
     """
     count, channels, height, width = features.shape
-    offsets = (random_offsets(count, cells, generator) - cells).to(features.device, non_blocking=True)
+    offsets = (random_offsets(whole or count, cells, generator)[:, own] - cells).to(features.device, non_blocking=True)
     rows, rows_inside = _moved_axis(offsets[0], height)
     columns, columns_inside = _moved_axis(offsets[1], width)
     # With the channels last a cell is one run of memory, so that this one gather is all the copying there is.

@@ -24,6 +24,7 @@ from rlsearch.training.augmentation import (
     windows,
 )
 from rlsearch.training.data import ImageData, decoded
+from rlsearch.training.distributed import Group
 from rlsearch.training.image_batches import ImageBatches, on_device
 
 
@@ -33,13 +34,14 @@ class DeviceData(ImageBatches):
     Args:
         data: what `rlsearch.training.data.load_data` returned, decoded. On the CPU its arrays are used as they are.
         device: where training runs.
+        group: as in `ImageBatches`.
     """
 
-    def __init__(self, data: ImageData, device: torch.device | str) -> None:
+    def __init__(self, data: ImageData, device: torch.device | str, group: Group | None = None) -> None:
         device = torch.device(device)
         self._images, labels = on_device(decoded(data.train), device)
         self._validation = on_device(decoded(data.validation), device)
-        super().__init__(data, device, labels)
+        super().__init__(data, device, labels, group)
 
     @property
     def num_bytes(self) -> int:
@@ -69,7 +71,7 @@ class DeviceData(ImageBatches):
         changes = EpochAugmentation.draw(self, order, shape, batch_size, seed=seed, epoch=epoch, device=self.device)
         order = order.to(self.device, non_blocking=True)
         for step in range(start_step, self.num_batches(batch_size)):
-            part = slice(step * batch_size, (step + 1) * batch_size)
+            part = self._own(step, batch_size)
             indices = order[part]
             images = changes.moved(self._images.index_select(0, indices), part)
             yield changes.cut_out(self._normalised(images), part), self.labels[indices], indices
@@ -109,7 +111,9 @@ class DeviceData(ImageBatches):
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `ImageBatches.validation_batches`."""
-        return self._plain_batches(*self._validation, batch_size)
+        images, labels = self._validation
+        own = self._stretch(len(labels))
+        return self._plain_batches(images[own], labels[own], batch_size)
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         return torch.randperm(self.num_train, generator=random_stream(seed, epoch, ORDER))

@@ -28,7 +28,7 @@ class FeatureBuilder:
         data: the images on the device.
         model: what is trained.
         dropper: has the prefix.
-        batch_size: images a pass; the same as in training, so that one pass fits where a step did.
+        batch_size: images a pass; as many as a step of this process has, so that one pass fits where a step did.
         seed: of the fixed crops.
         precision: ``fp32`` or ``bf16``.
     """
@@ -102,6 +102,9 @@ class FeatureBuilder:
         return feature_key(form, views, self.data, self.model, run=places.run, cut=self.dropper.cut, seed=self.seed)
 
 
-def cropped(features: Tensor, views: Views, generator: torch.Generator) -> Tensor:
-    """A batch of stored features (B, *shape), shifted at random where that stands in for a crop of the images."""
-    return shifted(features, views.cells, generator) if views.cells else features
+def cropped(
+    features: Tensor, views: Views, generator: torch.Generator, whole: int | None = None, own: slice = slice(None)
+) -> Tensor:
+    """A batch of stored features (B, *shape), or the ``own`` part of a ``whole`` one, shifted at random where that
+    stands in for a crop of the images."""
+    return shifted(features, views.cells, generator, whole, own) if views.cells else features

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,11 +19,14 @@ from rlsearch.learn_drop.features import FeatureForm
 from rlsearch.policy import LearnDrop
 from rlsearch.training.data import ImageData
 from rlsearch.training.device_data import DeviceData
+from rlsearch.training.distributed import Group, largest_share
 from rlsearch.training.feature_building import FeatureBuilder, cropped
 from rlsearch.training.feature_views import Views
 from rlsearch.training.image_batches import ImageBatches
 
 _LOG = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def check_features(learn_drop: LearnDrop | None, data: ImageData | ImageBatches) -> None:
@@ -50,6 +53,17 @@ class CacheWork:
     end: int
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A cache that is to be made: of what, where, from which cut on; or one that was ``found``."""
+
+    form: FeatureForm
+    places: Places
+    key: Key
+    start: int
+    found: FeatureCache | None = None
+
+
 class TrainingInputs:
     """Batches for the part of the network that still learns.
 
@@ -65,6 +79,8 @@ class TrainingInputs:
         precision: ``fp32`` or ``bf16``.
         scratch: a folder for features that fit into no memory; None: they are not written to files.
         run: names this training among those that use ``scratch``; the same after a resume.
+        group: the processes that train together, where there are several. Each stores all features, for any image may
+            fall to any of them; they store, or do not, all alike.
     """
 
     def __init__(
@@ -78,6 +94,7 @@ class TrainingInputs:
         *,
         scratch: Path | None = None,
         run: str = "",
+        group: Group | None = None,
     ) -> None:
         self._data = data
         self._model = model
@@ -86,7 +103,9 @@ class TrainingInputs:
         self._seed = seed
         self._precision = precision
         self._scratch = scratch
-        self._run_name = hashlib.sha256(run.encode()).hexdigest()[:16]
+        self._group = group
+        own_run = run if group is None else f"{run} {group.rank}"
+        self._run_name = hashlib.sha256(own_run.encode()).hexdigest()[:16]
         # What stored features are made from.
         self._images = data if isinstance(data, DeviceData) else None
         self._features = "recompute" if dropper is None or self._images is None else dropper.settings.features
@@ -127,9 +146,11 @@ class TrainingInputs:
         # Rows are looked up where the features lie.
         order = data.epoch_order if cache.store.tier == "device" else data.host_order
         arguments = self._batch_size, epoch, self._seed
-        positions = ((indices, (indices + epoch) % self._views.number) for indices in order(*arguments))
+        parts = (indices[data.own_part(len(indices))] for indices in order(*arguments))
+        positions = ((indices, (indices + epoch) % self._views.number) for indices in parts)
         for indices, features in zip(data.epoch_order(*arguments), cache.batches(positions), strict=True):
-            yield cropped(features, self._views, generator), data.labels[indices]
+            own = data.own_part(len(indices))
+            yield cropped(features, self._views, generator, len(indices), own), data.labels[indices[own]]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What `batches` yields, to logits."""
@@ -153,17 +174,12 @@ class TrainingInputs:
             return None
         start = self._cut if self._cache is not None else 0
         self._cut = dropper.cut
-        builder = FeatureBuilder(self._in_memory, self._model, dropper, self._batch_size, self._seed, self._precision)
+        own_batch = self._batch_size if self._group is None else largest_share(self._batch_size, self._group.size)
+        builder = FeatureBuilder(self._in_memory, self._model, dropper, own_batch, self._seed, self._precision)
         was_stored = self._was_stored_at == self._cut
         self._was_stored_at = None
-        try:
-            return self._follow(builder, start, None if was_stored else remaining_epochs)
-        except (MemoryError, OSError, RuntimeError) as error:
-            if not is_shortage(error):
-                raise
-            reason = first_line(error)
-        self._recompute(f"stored features could not be made ({reason})")
-        return None
+        plan = self._agreed(lambda: self._plan(builder, start, None if was_stored else remaining_epochs))
+        return None if plan is None else self._agreed(lambda: self._carried_out(plan, builder))
 
     def state_dict(self) -> dict[str, Any]:
         """The cut, and whether the features at it are stored: a resume must not decide again from times of its own."""
@@ -186,36 +202,59 @@ class TrainingInputs:
         assert self._images is not None  # nothing is stored of a streamed set
         return self._images
 
-    def _follow(self, builder: FeatureBuilder, start: int, remaining_epochs: int | None) -> CacheWork | None:
-        """The cache at the new cut; where there is to be none, none is left."""
+    def _agreed(self, attempt: Callable[[], Result | None]) -> Result | None:
+        """What an attempt gives; nothing, and nothing is stored any more, where it fails or gives nothing in any of the
+        processes."""
+        result = None
+        try:
+            result = attempt()
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            self._recompute(f"stored features could not be made ({first_line(error)})")
+        if self._group is not None and not self._group.all_true(result is not None):
+            result = None
+        if result is None:
+            self.close()
+        return result
+
+    def _plan(self, builder: FeatureBuilder, start: int, remaining_epochs: int | None) -> _Plan | None:
+        """The cache that is to be at the new cut; None where there is to be none."""
         form, views = builder.form()
         if (views.number, views.cropped) != (self._views.number, self._views.cropped):
             # Other views than those that were stored (the cut left the feature maps) are made from the images.
             self.close()
             start = 0
         self._views = views
-        places = places_now(self._data.device, self._scratch, self._run_name)
+        sharers = 1 if self._group is None else self._group.local_size
+        places = places_now(self._data.device, self._scratch, self._run_name, sharers)
         key = builder.key(form, views, places)
-        if self._cache is None and self._take_found(form, places, key):
-            return CacheWork(form.num_images * form.num_views, 0, self._cut)
+        found = self._found(form, places, key) if self._cache is None else None
+        if found is not None:
+            return _Plan(form, places, key, 0, found)
         tier = self._tier(form, places)
         if tier is None:
             self._recompute(places.too_small(form.num_bytes))
             return None
-        if self._features == "auto" and remaining_epochs is not None:
+        # Of several processes the first one takes the times, and decides for all.
+        if self._features == "auto" and remaining_epochs is not None and (self._group is None or self._group.rank == 0):
             times = builder.times(self._cache, form, views, start, places, tier)
             if not worth_storing(times, remaining_epochs):
-                self.close()
                 return None
-        old, self._cache = self._cache, None
-        if old is None:
-            self._cache = builder.built(form, views, places, key)
-        else:
-            self._cache = builder.moved(old, form, start, places, key)
+        return _Plan(form, places, key, start)
+
+    def _carried_out(self, plan: _Plan, builder: FeatureBuilder) -> CacheWork | None:
+        """Makes the cache; None where it found no room after all."""
+        old, self._cache = self._cache, plan.found
+        if plan.found is None and old is None:
+            self._cache = builder.built(plan.form, self._views, plan.places, plan.key)
+        elif old is not None:
+            self._cache = builder.moved(old, plan.form, plan.start, plan.places, plan.key)
         if self._cache is None:
-            self._recompute(f"stored features found no room ({'; '.join(places.refused)})")
+            self._recompute(f"stored features found no room ({'; '.join(plan.places.refused)})")
             return None
-        return CacheWork(form.num_images * form.num_views, start, self._cut)
+        processes = 1 if self._group is None else self._group.size  # each runs the prefix over all images
+        return CacheWork(processes * plan.form.num_images * plan.form.num_views, plan.start, self._cut)
 
     def _tier(self, form: FeatureForm, places: Places) -> str | None:
         """Where the cache would lie."""
@@ -224,14 +263,12 @@ class TrainingInputs:
             return self._cache.store.tier
         return tier
 
-    def _take_found(self, form: FeatureForm, places: Places, key: Key) -> bool:
-        """Whether the file that this run's interrupted process left could be taken; memory is better, where it fits."""
+    def _found(self, form: FeatureForm, places: Places, key: Key) -> FeatureCache | None:
+        """The file that this run's interrupted process left, if it is there; memory is better, where it fits."""
         if places.tier_of(form.num_bytes) not in (None, "file"):
-            return False
+            return None
         store = places.found(form.num_bytes, key)
-        if store is not None:
-            self._cache = FeatureCache(form, store, self._data.device)
-        return store is not None
+        return None if store is None else FeatureCache(form, store, self._data.device)
 
     def _recompute(self, why: str) -> None:
         self.close()

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlsearch.errors import DataError
 from rlsearch.training.augmentation import Normalisation
 from rlsearch.training.data import ImageData, ImageSplit
+from rlsearch.training.distributed import Group
 from rlsearch.training.image_stream import StreamSplit
 from rlsearch.training.stream_reader import Skipped, read_batches
 
@@ -24,6 +25,8 @@ class ImageBatches(ABC):
         data: what `rlsearch.training.data.load_data` returned.
         device: where training runs.
         labels: of the training images, on the device.
+        group: the processes that train together, where there are several: batches are this process's parts then, and
+            what is random in them is the same as in a training alone.
 
     Attributes:
         name: of the set.
@@ -39,7 +42,8 @@ class ImageBatches(ABC):
         num_validation: how many validation images there are.
     """
 
-    def __init__(self, data: ImageData, device: torch.device, labels: Tensor) -> None:
+    def __init__(self, data: ImageData, device: torch.device, labels: Tensor, group: Group | None = None) -> None:
+        self._group = group
         self.name = data.name
         self.num_classes = data.num_classes
         self.is_streamed = data.is_streamed
@@ -77,7 +81,12 @@ class ImageBatches(ABC):
 
     @abstractmethod
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The validation images in their own order: images (B, 3, H, W) as in `train_batches`, labels (B,)."""
+        """The validation images, or this process's part of them, in their own order: images (B, 3, H, W) as in
+        `train_batches`, labels (B,)."""
+
+    def own_part(self, count: int) -> slice:
+        """This process's part of a training batch of ``count`` images, which is under way from now on."""
+        return slice(0, count) if self._group is None else self._group.take(count)
 
     def num_batches(self, batch_size: int) -> int:
         """Training batches an epoch. A last batch of one image is left out: batch norm cannot train on it."""
@@ -96,17 +105,30 @@ class ImageBatches(ABC):
                 f"images of shape {self._image_shape}; set data.image_size to bring all to one size"
             )
         if isinstance(split, StreamSplit):
-            return self._streamed(split, batch_size, Skipped())
+            return self._streamed(split, slice(0, len(split.labels)), batch_size, Skipped())
         return self._plain_batches(*on_device(split, self.device), batch_size)
+
+    def _own(self, step: int, batch_size: int) -> slice:
+        """This process's part of a step's batch, as places in the epoch's order; the batch is under way from now on."""
+        start = step * batch_size
+        part = self.own_part(min(batch_size, self.num_train - start))
+        return slice(start + part.start, start + part.stop)
+
+    def _stretch(self, count: int) -> slice:
+        """This process's part of ``count`` images that are looked at once."""
+        return slice(0, count) if self._group is None else self._group.stretch(count)
 
     def _plain_batches(self, images: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(labels), batch_size):
             part = slice(start, start + batch_size)
             yield self._normalised(images[part]), labels[part]
 
-    def _streamed(self, split: StreamSplit, batch_size: int, skipped: Skipped) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images of a streamed split in its order, without those that are skipped."""
-        batches = np.split(np.arange(len(split.labels)), range(batch_size, len(split.labels), batch_size))
+    def _streamed(
+        self, split: StreamSplit, own: slice, batch_size: int, skipped: Skipped
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The ``own`` images of a streamed split in its order, without those that are skipped."""
+        places = np.arange(own.start, own.stop)
+        batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
         labels = torch.from_numpy(split.labels)
         for positions, batch in zip(batches, read_batches(split, batches, pin_memory=self._pins), strict=True):
             images, sound = batch.images, torch.from_numpy(positions)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlsearch.errors import DivergedError, Problem, suggestion
+from rlsearch.training.distributed import Group
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -27,7 +28,7 @@ class TrainingSpec:
 
     Attributes:
         epochs: passes over the training images (>= 1).
-        batch_size: images a step (>= 1).
+        batch_size: images a step (>= 1), of all processes together where several train one model.
         optimizer: ``sgd`` (Nesterov momentum) or ``adamw``.
         lr: the peak learning rate (> 0); linear warm-up, then a cosine to zero.
         momentum: of ``sgd``, in [0, 1).
@@ -197,6 +198,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     rates: Iterable[float],
     device: torch.device,
+    group: Group | None = None,
 ) -> Pass:
     """One pass over the training images.
 
@@ -206,29 +208,42 @@ def train_epoch(
         optimizer: over what still learns.
         rates: the learning rate of each step.
         device: where it all is.
+        group: the processes that train together, where there are several: ``step`` runs what it has wrapped,
+            ``batches`` are this process's parts, and what is returned is of all of them.
 
     Raises:
         DivergedError: the loss is no longer finite (looked at once, after the pass).
     """
     total = torch.zeros((), device=device)
-    num_images = 0
+    num_images = 0.0
     for (inputs, labels), rate in zip(batches, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group[RATE_SCALE]
-        total += step(inputs, labels) * len(labels)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate * parameters[RATE_SCALE]
+        images = len(labels) if group is None else group.now.images
+        total += step(inputs, labels) * images
         optimizer.step()
-        num_images += len(labels)
-    mean = total.item() / num_images
+        num_images += images
+    sums = [total.item(), num_images]
+    total_loss, num_images = sums if group is None else group.summed(*sums)
+    mean = total_loss / num_images
     if not math.isfinite(mean):
         raise DivergedError(f"the training loss became {mean}; a lower learning rate or more warm-up may help")
-    return Pass(mean, num_images)
+    return Pass(mean, round(num_images))
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str, device: torch.device
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    precision: str,
+    device: torch.device,
+    group: Group | None = None,
 ) -> Pass:
-    """Top-1 accuracy and mean cross-entropy over the batches, in eval mode; the mode is put back afterwards."""
+    """Top-1 accuracy and mean cross-entropy over the batches, in eval mode; the mode is put back afterwards.
+
+    With a ``group`` each process gives its part of the batches, and gets the result over all parts.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss = torch.zeros((), device=device)
@@ -242,4 +257,6 @@ def evaluate(
         num_images += len(labels)
     for module, training in modes:
         module.training = training
-    return Pass(loss.item() / num_images, num_images, int(correct.item()))
+    sums = [loss.item(), num_images, correct.item()]
+    total_loss, images_seen, num_correct = sums if group is None else group.summed(*sums)
+    return Pass(total_loss / images_seen, round(images_seen), round(num_correct))

@@ -22,8 +22,9 @@ class EpochMetrics:
         learnable_params: parameters that still learn, after this epoch's cut.
         mean_learnable_params: parameters that learned, averaged over the images trained on so far.
         memory: bytes; on CUDA the peak allocated in a training step of the first epoch, after warm-up; elsewhere
-            ``memory_predicted``.
-        memory_predicted: bytes: parameters, gradients, optimizer state, saved activations, from fake tensors.
+            ``memory_predicted``. Where several processes train one model, of the one that needs most.
+        memory_predicted: bytes: parameters, gradients, optimizer state, saved activations, from fake tensors; of one
+            process with its part of a batch.
         step_memory: bytes of a training step in this epoch, before its cut: on CUDA the peak allocated after warm-up,
             elsewhere predicted; features that are stored in the device's memory are among them.
         train_flops: floating-point operations spent on training so far, as the layers really ran.

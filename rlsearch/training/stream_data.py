@@ -11,14 +11,15 @@ from rlsearch.errors import DataError
 from rlsearch.training.augmentation import RESIZED_CROPS, EpochAugmentation, random_stream
 from rlsearch.training.data import ImageData
 from rlsearch.training.device_data import DeviceData
+from rlsearch.training.distributed import Group
 from rlsearch.training.image_batches import ImageBatches
 from rlsearch.training.image_stream import StreamSplit, epoch_order
 from rlsearch.training.stream_reader import Batch, Skipped, read_batches
 
 
-def open_images(data: ImageData, device: torch.device | str) -> ImageBatches:
-    """The images of ``data`` for a training on ``device``: in memory, or streamed."""
-    return StreamData(data, device) if data.is_streamed else DeviceData(data, device)
+def open_images(data: ImageData, device: torch.device | str, group: Group | None = None) -> ImageBatches:
+    """The images of ``data`` for a training on ``device``, perhaps by several processes: in memory, or streamed."""
+    return (StreamData if data.is_streamed else DeviceData)(data, device, group)
 
 
 class StreamData(ImageBatches):
@@ -27,11 +28,12 @@ class StreamData(ImageBatches):
     Args:
         data: what `rlsearch.training.data.load_data` returned, streamed.
         device: where training runs.
+        group: as in `ImageBatches`; each process decodes its own parts alone.
     """
 
-    def __init__(self, data: ImageData, device: torch.device | str) -> None:
+    def __init__(self, data: ImageData, device: torch.device | str, group: Group | None = None) -> None:
         device = torch.device(device)
-        super().__init__(data, device, torch.from_numpy(data.train.labels).to(device))
+        super().__init__(data, device, torch.from_numpy(data.train.labels).to(device), group)
         assert isinstance(data.train, StreamSplit)
         assert isinstance(data.validation, StreamSplit)
         self._train, self._validation = data.train, data.validation
@@ -60,14 +62,16 @@ class StreamData(ImageBatches):
         changes = EpochAugmentation.draw(
             self, order, self._image_shape, batch_size, seed=seed, epoch=epoch, device=self.device
         )
-        parts = [slice(step * batch_size, (step + 1) * batch_size) for step in range(self.num_batches(batch_size))]
+        # All of them are known before the first is under way: batches are read ahead.
+        parts = [self._own(step, batch_size) for step in range(self.num_batches(batch_size))]
         regions = None
         if self._train.resized_crop:
             drawn = torch.rand(len(order), 4, generator=random_stream(seed, epoch, RESIZED_CROPS)).numpy()
             regions = [drawn[part] for part in parts]
         batches = [order[part].numpy() for part in parts]
         loaded = read_batches(self._train, batches, start=start_step, regions=regions, pin_memory=self._pins)
-        for part, batch in zip(parts[start_step:], loaded, strict=True):
+        for step, batch in zip(range(start_step, len(parts)), loaded, strict=True):
+            part = self._own(step, batch_size)
             indices = order[part]
             if batch.broken:
                 indices = self._filled(batch, indices)
@@ -78,7 +82,8 @@ class StreamData(ImageBatches):
 
     def validation_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `ImageBatches.validation_batches`; errors are those of `train_batches`."""
-        return self._streamed(self._validation, batch_size, self._validation_skipped)
+        own = self._stretch(len(self._validation.labels))
+        return self._streamed(self._validation, own, batch_size, self._validation_skipped)
 
     def _filled(self, batch: Batch, indices: Tensor) -> Tensor:
         """The positions of a batch with the broken ones replaced, and so are the images, in place.

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -29,6 +29,7 @@ from rlsearch.replacement import (
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
 from rlsearch.training.data import DataSpec, ImageData, load_data
+from rlsearch.training.distributed import Group, largest_share
 from rlsearch.training.faster_step import PLAIN_STEPS, FasterStep
 from rlsearch.training.feature_inputs import TrainingInputs, check_features
 from rlsearch.training.image_batches import ImageBatches
@@ -127,7 +128,12 @@ class _Epoch:
 class Trial:
     """A training that can stop after any epoch and go on from its state.
 
-    The arguments and errors are those of `run_trial`.
+    The arguments and errors are those of `run_trial`, and:
+
+    Args:
+        group: the processes that train this one model together, each with a `Trial` of its own of the same
+            specification; None for a training alone. All of them run every epoch, from the same state; the metrics are
+            the whole training's in each of them, and every process's state is as good as another's.
     """
 
     def __init__(
@@ -137,8 +143,10 @@ class Trial:
         data: ImageData | ImageBatches | None = None,
         device: str | None = None,
         scratch: Path | None = None,
+        group: Group | None = None,
     ) -> None:
         self.spec = spec
+        self._group = group
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.epochs_done = 0
         data = data if data is not None else load_data(spec.data)
@@ -147,13 +155,13 @@ class Trial:
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
         with _memory_errors():
-            self._data = data if isinstance(data, ImageBatches) else open_images(data, self.device)
+            self._data = data if isinstance(data, ImageBatches) else open_images(data, self.device, group)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
             self._costs = _cost_model(
                 json.dumps(asdict(spec.model), sort_keys=True),
                 data.input_shape,
-                training.batch_size,
+                training.batch_size if group is None else largest_share(training.batch_size, group.size),
                 training.optimizer,
                 self._precision,
             )
@@ -170,12 +178,14 @@ class Trial:
                 self._precision,
                 scratch=scratch or Path(tempfile.gettempdir()),
                 run=json.dumps(spec.to_dict(), sort_keys=True),
+                group=group,
             )
+        self._wrapped: tuple[int, Callable[[Tensor], Tensor]] | None = None
         self._spending = Spending(self._costs, spec.policy)
         self._step_memory = 0
         self._step = FasterStep(
             PlainStep(
-                self._inputs.forward,
+                self._forward,
                 self._optimizer,
                 label_smoothing=training.label_smoothing,
                 precision=self._precision,
@@ -183,7 +193,8 @@ class Trial:
             ),
             self.model,
             list(dict.fromkeys(outermost([unit.name for unit in self._costs.units]).values())),
-            training.compile,
+            # What brings gradients together waits for other processes, which a graph cannot.
+            training.compile if group is None else "never",
         )
 
     @property
@@ -222,6 +233,7 @@ class Trial:
                     self._data.validation_batches(EVALUATION_BATCH),
                     precision=self._precision,
                     device=self.device,
+                    group=self._group,
                 )
         if self.done:
             self._inputs.close()
@@ -303,6 +315,8 @@ class Trial:
             predicted = self._spending.step_memory(self.model, cut, stored=stored)
             self._step_memory = predicted + self._inputs.stored_bytes
         started = self._now()
+        if self._group is not None:
+            self._group.seed(self.spec.seed, epoch)
         if self._dropper:
             self._dropper.train_mode()
         else:
@@ -310,7 +324,10 @@ class Trial:
         batches = self._inputs.batches(epoch)
         if is_new and self.device.type == "cuda":
             batches = self._measured(batches)
-        result = train_epoch(self._step, batches, self._optimizer, rates, self.device)
+        result = train_epoch(self._step, batches, self._optimizer, rates, self.device, self._group)
+        if self._group is not None:
+            self._step_memory = self._group.greatest(self._step_memory)
+            self._group.share_buffers(self.model)
         if epoch == 0:
             self._spending.sums.memory = self._step_memory
         self.epochs_done += 1
@@ -323,6 +340,15 @@ class Trial:
         self._spending.sums.train_seconds += self._now() - started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
         return _Epoch(result.loss, rates[-1], self._step_memory, left)
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """From a batch's inputs to logits; with several processes through what brings their gradients together."""
+        if self._group is None:
+            return self._inputs.forward(inputs)
+        if self._wrapped is None or self._wrapped[0] != self._cut:
+            self._wrapped = None  # its hooks on the parameters go before new ones come
+            self._wrapped = self._cut, self._group.wrap(self.model, self._inputs.forward)
+        return self._wrapped[1](inputs)
 
     @property
     def _cut(self) -> int:
@@ -371,7 +397,10 @@ class Trial:
         if settings is None:
             return None
         units = [unit.name for unit in self._costs.units]
-        return Dropper(self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units)
+        agree = None if self._group is None else self._group.from_first
+        return Dropper(
+            self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units, agree=agree
+        )
 
 
 def _check_classes(spec: TrialSpec, name: str, num_classes: int) -> None:

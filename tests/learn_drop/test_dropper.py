@@ -74,6 +74,26 @@ def make(drop: LearnDrop = SETTINGS, epochs: int = 10) -> tuple[Net, Dropper, to
     return net, Dropper(net, optimizer, epochs, drop, units=LAYERS[1:-1]), optimizer
 
 
+def test_of_several_processes_all_cut_where_they_agree_to() -> None:
+    wanted: list[int] = []
+
+    def agree(cut: int) -> int:
+        wanted.append(cut)
+        return cut - 1
+
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = settings(score="schedule", warmup=0.2)
+    dropper = Dropper(net, optimizer, 10, schedule, units=["0", "1", "2", "3"], agree=agree)
+    cuts = []
+    for _ in range(10):
+        dropper.end_epoch()
+        cuts.append(dropper.cut)
+    # Every decision is agreed on, also one to stay; there is none before the warm-up and after the last epoch.
+    assert wanted == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert cuts == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def sequential(*layers: nn.Module, **values: Any) -> tuple[nn.Sequential, Dropper, torch.optim.SGD]:
     net = nn.Sequential(*layers)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

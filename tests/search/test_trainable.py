@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlsearch.policy import ModelSpec, Policy, Replacement
-from rlsearch.search.trainable import Job, TrialTrainable, WorkerSettings
+from rlsearch.search.trainable import TrialTrainable
+from rlsearch.search.worker import Job, WorkerSettings
 from rlsearch.training.checkpoint import load_checkpoint, load_weights
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.loop import TrainingSpec
