@@ -56,6 +56,13 @@ class Slots:
         """Threads that a trial's process may keep busy."""
         return max(1, int(self.cpu))
 
+    @property
+    def sharing(self) -> int:
+        """How many trials may train on one device at once; the CPU is one device."""
+        if not self.gpu:
+            return self.count
+        return min(self.count, max(1, _whole(1 / self.gpu)))
+
 
 @contextlib.contextmanager
 def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]:
@@ -122,7 +129,7 @@ def plan_slots(
         cpu: cores of one trial.
         gpu: GPUs of one trial; None for ``auto``: as many trials share a GPU as its memory and the cores allow, at
             most eight, for beyond that they only wait for each other.
-        predicted_bytes: the memory of the largest trial, as predicted.
+        predicted_bytes: what the largest trial takes of a GPU's memory, as predicted.
         resources: the cluster's ``CPU`` and ``GPU``, as Ray counts them.
         gpu_bytes: the memory of one GPU, where it is known.
         most: never more trials than this.
@@ -145,7 +152,7 @@ def plan_slots(
         gpu = 1 / share if gpus else 0.0
     count = by_cores
     if gpu:
-        a_gpu = int(1 / gpu + 1e-9)  # 1/3 is less than a third
+        a_gpu = _whole(1 / gpu)
         count = min(by_cores, int(gpus) * a_gpu if gpu <= 1 else int(gpus // gpu))
     return Slots(max(1, min(count, most or count)), cpu, gpu)
 
@@ -159,9 +166,20 @@ def gpu_memory_bytes() -> int | None:
     return min(int(torch.cuda.get_device_properties(i).total_memory) for i in range(torch.cuda.device_count()))
 
 
+def memory_fraction(gpu: float, gpu_bytes: int) -> float:
+    """The share of a GPU's memory that torch may give out to a trial with a share of the GPU: without what its CUDA
+    context takes, which torch does not count, so that as many trials as there are shares fit side by side."""
+    return max(gpu - _CUDA_CONTEXT_BYTES / gpu_bytes, gpu / 2)
+
+
 def machine_cpus() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _whole(number: float) -> int:
+    """The whole part, where rounding may have left a number just below it: 1/3 is less than a third."""
+    return int(number + 1e-9)
 
 
 def _trials_a_gpu(predicted_bytes: int, gpu_bytes: int | None, by_cores: int, gpus: float) -> int:

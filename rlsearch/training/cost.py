@@ -53,6 +53,44 @@ class Cost:
     step_flops: float
 
 
+@dataclass(frozen=True)
+class LayerCost:
+    """What one segment (the stem, a unit, the head) has of a model's cost.
+
+    Attributes:
+        name: of the segment.
+        params: learnable parameters.
+        forward_flops: floating-point operations of the forward pass of one training image.
+        step_flops: the same, forward and backward.
+        saved: bytes that it saves for its backward pass, its output with them where that is saved.
+        held: bytes of its parameters and buffers, their gradients and the optimizer's state.
+    """
+
+    name: str
+    params: int
+    forward_flops: float
+    step_flops: float
+    saved: int
+    held: int
+
+
+@dataclass(frozen=True)
+class CutCost:
+    """What a step costs behind a cut.
+
+    Attributes:
+        memory: bytes at its peak, as in `Cost.memory`, where it runs the dropped segments.
+        memory_stored: the same where it reads their output from where it is stored; what lies there is not in it.
+        step_flops: operations of one image, the dropped segments' forward pass with them.
+        step_flops_stored: the same without.
+    """
+
+    memory: int
+    memory_stored: int
+    step_flops: float
+    step_flops_stored: float
+
+
 class CostModel:
     """The costs of all policies of one model, at one input shape, batch size, optimizer and precision.
 
@@ -142,6 +180,47 @@ class CostModel:
         prefix = self._measured.inference(steps, cut)
         return self._peak(costs, sizes, learning, self._measured.input_bytes(0), prefix)
 
+    def layers(self, policy: Policy) -> tuple[LayerCost, ...]:
+        """What each segment has of the cost, in forward order, before any is dropped.
+
+        Raises:
+            SurgeryError: the policy cannot be applied to this model.
+        """
+        steps = self.plan(policy)
+        costs, sizes = self._measured.training(steps), self._measured.segment_sizes(steps)
+        found = []
+        for index, (cost, size) in enumerate(zip(costs, sizes, strict=False)):
+            is_kept = cost.saves_output or costs[index + 1].saves_input
+            forward, step = self._image_flops([cost])
+            found.append(
+                LayerCost(
+                    name=self.segments[index].name,
+                    params=size.learnable,
+                    forward_flops=forward,
+                    step_flops=step,
+                    saved=cost.interior_bytes + cost.output_bytes * (is_kept and not cost.is_identity),
+                    held=size.fixed_bytes + size.learnable_bytes + self._state_bytes(size),
+                )
+            )
+        return tuple(found)
+
+    def at_cuts(self, policy: Policy) -> list[CutCost]:
+        """What a step costs once the first segments have left, for every number of them, none included.
+
+        A parameter that several segments hold counts as learning in each.
+
+        Raises:
+            SurgeryError: the policy cannot be applied to this model.
+        """
+        sizes = self._measured.segment_sizes(self.plan(policy))
+        found = []
+        for cut in range(len(self.segments)):
+            learning = sum(sizes[cut:], Sizes())
+            prefix, step = self.forward_flops(policy, 0, cut), self.image_flops(policy, cut)[1]
+            memory, stored = (self.memory_at(policy, cut, learning, stored=stored) for stored in (False, True))
+            found.append(CutCost(memory, stored, step + prefix, step))
+        return found
+
     def forward_flops(self, policy: Policy, start: int, end: int) -> float:
         """Operations of one image's forward pass through the segments from ``start`` up to ``end``."""
         return self._image_flops(self._measured.training(self.plan(policy))[start:end])[0]
@@ -155,16 +234,19 @@ class CostModel:
         prefix: Sequence[SegmentCost] = (),
     ) -> int:
         """Bytes at the peak of a step whose optimizer holds its state for what is ``learning``."""
-        tensors, numbers = self._states
-        states = tensors * learning.learnable_bytes + numbers * learning.learnable_tensors * block_bytes(4)
         return step_peak(
             costs,
-            resident=sizes.fixed_bytes + states,
+            resident=sizes.fixed_bytes + self._state_bytes(learning),
             gradients=learning.learnable_bytes,
             batch=batch,
             labels=block_bytes(8 * self._batch_size),
             prefix=prefix,
         )
+
+    def _state_bytes(self, learning: Sizes) -> int:
+        """Bytes of the optimizer's state."""
+        tensors, numbers = self._states
+        return tensors * learning.learnable_bytes + numbers * learning.learnable_tensors * block_bytes(4)
 
     def _image_flops(self, costs: Sequence[SegmentCost]) -> tuple[float, float]:
         forward = sum(item.forward_flops for item in costs)

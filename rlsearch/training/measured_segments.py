@@ -56,7 +56,7 @@ class MeasuredSegments:
         self._segment_of = {name: index for index, segment in enumerate(self.segments) for name in segment.units}
         self._inputs = self._segment_inputs(batch_shape)
         self.dense = Sizes.of(self.model)
-        self._segment_bytes = [Sizes.of(segment.module).learnable_bytes for segment in self.segments]
+        self._segment_sizes = [Sizes.of(segment.module) for segment in self.segments]
         self._shared = SharedStorage(self.model)
         self._tensors = [*self.model.parameters(), *self.model.buffers()]
         self._kinds = Kinds(self.model, self.units)
@@ -101,10 +101,18 @@ class MeasuredSegments:
         for index in range(cut, len(self.segments)):
             units = by_segment.get(index, ())
             cost = self._training_cost(index, units, costs[-1].learns if costs else False)
-            own = self._segment_bytes[index] + sum(self._difference(step).learnable_bytes for step in units)
+            own = sum((self._difference(step) for step in units), self._segment_sizes[index])
             borrowed = {self._place(units, name, cut): size for name, size in cost.borrowed_gradients.items()}
-            costs.append(replace(cost, own_gradients=own, borrowed_gradients=borrowed))
+            costs.append(replace(cost, own_gradients=own.learnable_bytes, borrowed_gradients=borrowed))
         return [*costs, self._loss_cost(costs[-1].learns)]
+
+    def segment_sizes(self, steps: Sequence[PlannedUnit]) -> list[Sizes]:
+        """The sizes of each segment by itself, with the planned units in it."""
+        by_segment = self._by_segment(steps)
+        return [
+            sum((self._difference(step) for step in by_segment.get(index, ())), sizes)
+            for index, sizes in enumerate(self._segment_sizes)
+        ]
 
     def inference(self, steps: Sequence[PlannedUnit], end: int) -> list[SegmentCost]:
         """What the segments before ``end`` hold when they run without learning."""

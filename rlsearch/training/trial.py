@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
 from rlsearch.learn_drop import Dropper
+from rlsearch.learn_drop.feature_store import first_line, is_shortage
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import (
     SurgeryReport,
@@ -38,6 +39,7 @@ from rlsearch.training.loop import (
     resolve_precision,
     train_epoch,
 )
+from rlsearch.training.memory_fit import MemoryFit
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
 from rlsearch.training.spending import Spending
@@ -141,17 +143,15 @@ class Trial:
         _check_classes(spec, data)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
-        with _memory_errors():
+        self._fit: MemoryFit | None = None
+        with self._memory_errors():
             self._data = DeviceData(data, self.device)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
-            self._costs = _cost_model(
-                json.dumps(asdict(spec.model), sort_keys=True),
-                data.input_shape,
-                training.batch_size,
-                training.optimizer,
-                self._precision,
-            )
+            self._costs = self._costs_of(training.batch_size)
+            num_images = min(training.batch_size, self._data.num_train)
+            self._fit = MemoryFit(self._costs_of, spec.policy, num_images, self.device)
+            self._fit.check()
             report = apply_policy(self.model, spec.policy, units=self._costs.units)
             self.model.to(self.device).to(memory_format=torch.channels_last)
             self._optimizer = build_optimizer(training, self.model, mixing_parameters(self.model))
@@ -191,7 +191,7 @@ class Trial:
             DivergedError: a loss is no longer finite.
             OutOfMemoryError: the device has too little memory.
         """
-        with _memory_errors():
+        with self._memory_errors():
             trained = self._train()
             validation = evaluate(
                 self.model,
@@ -264,6 +264,21 @@ class Trial:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """What torch raises when memory runs out, on the GPU or the host, as one of our own errors."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            told = "" if self._fit is None else f"; {self._fit.told()}"
+            raise OutOfMemoryError(first_line(error) + told) from error
+
+    def _costs_of(self, batch_size: int) -> CostModel:
+        model = json.dumps(asdict(self.spec.model), sort_keys=True)
+        return _cost_model(model, self._data.input_shape, batch_size, self.spec.training.optimizer, self._precision)
 
     def _train(self) -> _Epoch:
         """One epoch of steps, and the cut after it."""
@@ -360,16 +375,3 @@ def _cost_model(model: str, input_shape: tuple[int, ...], batch_size: int, optim
     with torch.device("meta"):
         untouched = build_spec(replace(ModelSpec(**json.loads(model)), weights=None))
     return CostModel(untouched, input_shape, batch_size, optimizer, precision)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """What torch raises when memory runs out, on the GPU or the host, as one of our own errors."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(str(error).split("\n")[0]) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemoryError(str(error).split("\n")[0]) from error
