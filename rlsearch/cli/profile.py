@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rlsearch.policy import ModelSpec, Policy
+    from rlsearch.training.cost import CostModel
 
 
 def profile(
@@ -32,6 +33,9 @@ def profile(
     num_classes: Annotated[int, typer.Option(min=1, help="The width of the classifier.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step; memory depends on it.")] = 128,
     optimizer: Annotated[str, typer.Option(help="sgd or adamw; memory depends on it.")] = "sgd",
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the cost by layer, and by how many have left.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Shows the units of a model, what each costs, and what each block would save. Nothing is trained or allocated.
@@ -58,12 +62,14 @@ def profile(
             chosen = _preset(preset, built, shape)
         setting = {"input_shape": list(shape), "batch_size": batch_size, "optimizer": optimizer}
         content = profile_content(spec.name, setting, costs, chosen, units, status.update)
+        if picture is not None:
+            _draw(picture, content, costs)
     if as_json:
         typer.echo(json.dumps(content, indent=2, allow_nan=False))
         return
-    from rlsearch.cli.profile_table import policy_tables, units_table
+    from rlsearch.cli.profile_table import layers_table, policy_tables, units_table
 
-    tables = [units_table(content)]
+    tables = [layers_table(content), units_table(content)]
     if chosen is not None:
         tables += policy_tables(content, f"the preset {preset}" if preset is not None else f"the policy {policy}")
     console = Console()
@@ -89,6 +95,17 @@ def _read(model: str, num_classes: int, path: Path | None, preset: str | None) -
         message = f"the policy is for {chosen.model.name!r}, MODEL is {model!r}; give the policy's own model"
         raise ConfigError([Problem("model.name", message)], str(path))
     return chosen.model, chosen
+
+
+def _draw(path: Path, content: Any, costs: CostModel) -> None:
+    from rlsearch.cli.profile_picture import write_picture
+    from rlsearch.errors import UserError
+    from rlsearch.policy import Policy
+
+    try:
+        write_picture(path, content, costs.at_cuts(Policy()))
+    except OSError as error:
+        raise UserError(f"--picture: {path} cannot be written: {error.strerror or error}") from None
 
 
 def _build(spec: ModelSpec, image_size: int | None) -> tuple[nn.Module, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 from rlsearch.errors import ConfigError, Problem, SurgeryError, suggestion
 from rlsearch.policy import Policy, Replacement
 from rlsearch.replacement import BLOCKS, Unit
-from rlsearch.training.cost import Cost, CostModel
+from rlsearch.training.cost import Cost, CostModel, LayerCost
 
 
 def profile_content(
@@ -40,6 +40,7 @@ def profile_content(
     chosen = None if policy is None else _policy_content(costs, policy)
     baseline = costs.cost(Policy())
     content: dict[str, Any] = {"model": name, **setting, "params": baseline.params, "cost": asdict(baseline)}
+    content["layers"] = [_layer_content(layer, baseline) for layer in costs.layers(Policy())]
     content["units"] = []
     for done, unit in enumerate(units):
         progress(f"trying the blocks in {unit.name} ({done + 1} of {len(units)} units)")
@@ -47,6 +48,11 @@ def profile_content(
     if chosen is not None:
         content["policy"] = chosen
     return content
+
+
+def _layer_content(layer: LayerCost, baseline: Cost) -> dict[str, Any]:
+    """What the stem, a unit, or the head has of the cost."""
+    return asdict(layer) | {"peak_share": (layer.saved + layer.held) / baseline.memory}
 
 
 def _matching(costs: CostModel, pattern: str | None) -> list[Unit]:

@@ -80,6 +80,39 @@ def _caption(num_left_out: int, has_single: bool) -> str:
     )
 
 
+def layers_table(content: Mapping[str, Any]) -> Table:
+    """Where the cost of the untouched model lies, layer by layer; equal neighbours in one row."""
+    table = Table(
+        title="where the cost is\n",
+        caption=_LAYERS_CAPTION,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("layer", overflow="fold")
+    for header in ("n", "params", "forward, MFLOP", "step, MFLOP", "saved, MB", "% of the peak"):
+        table.add_column(header, justify="right")
+    shown = ("params", "forward_flops", "step_flops", "saved", "peak_share")
+    for _, alike in groupby(content["layers"], key=lambda layer: [layer[name] for name in shown]):
+        layers = list(alike)
+        first, last = layers[0]["name"], layers[-1]["name"]
+        table.add_row(
+            first if first == last else f"{first} … {last}",
+            str(len(layers)),
+            _short(layers[0]["params"]),
+            *(_mega(layers[0][name]) for name in ("forward_flops", "step_flops", "saved")),
+            f"{100 * layers[0]['peak_share']:.1f}",
+        )
+    return table
+
+
+_LAYERS_CAPTION = (
+    "\nOf one layer each: n such layers stand in a row. FLOPs: of one image. Saved: for the backward pass of a batch. "
+    "The rest of the peak is the batch, the loss, and what is there for a moment."
+)
+
+
 def policy_tables(content: Mapping[str, Any], title: str) -> list[Table]:
     """What a policy replaces, and what it costs beside the baseline."""
     listing = Table(title=f"{title} replaces\n", box=SIMPLE_HEAD, show_edge=False, title_justify="left")

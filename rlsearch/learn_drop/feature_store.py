@@ -176,8 +176,11 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on ``device`` (host memory for the CPU)."""
     if device.type == "cuda":
         # What torch's allocator holds and does not use can be taken too.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        # A process may be held to a share of the device, which others may have taken before it.
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return int(min(free + torch.cuda.memory_reserved(device) - allocated, share * total - allocated))
     return _available_host_bytes()
 
 

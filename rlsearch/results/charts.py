@@ -14,7 +14,14 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rlsearch.results.departures import epochs_of
-from rlsearch.results.describe import LABELS, describe_difference, describe_trial, describe_value, natural_key
+from rlsearch.results.describe import (
+    LABELS,
+    describe_difference,
+    describe_metric,
+    describe_trial,
+    describe_value,
+    natural_key,
+)
 from rlsearch.results.figures import BLUE, GRID, INK, MUTED, ORANGE, axes_of, groups, scale_of
 from rlsearch.results.selection import Selection, baseline, front, normalised_hypervolume, policy_of
 from rlsearch.results.tables import Run, TrialRecord
@@ -177,7 +184,7 @@ def _hover(run: Run, record: TrialRecord) -> str:
         value = record.metric(name)
         base = None if reference is None else reference.metric(name)
         change = describe_difference(name, value, base)
-        lines.append(f"{LABELS[name]}: {describe_value(name, value, base)}{f' ({change})' if change else ''}")
+        lines.append(f"{LABELS[name]}: {describe_metric(name, record, base)}{f' ({change})' if change else ''}")
     return "<br>".join(map(html.escape, lines))
 
 

@@ -14,10 +14,13 @@ from rlsearch.results.departures import Departures, departures_of, when_left
 from rlsearch.results.describe import (
     DROPPING,
     LABELS,
+    SHARED_NOTE,
     describe_difference,
+    describe_metric,
     describe_savings,
     describe_trial,
     describe_value,
+    is_shared_time,
 )
 from rlsearch.results.selection import (
     Selection,
@@ -92,7 +95,7 @@ def learn_drop_table(run: Run, pick: Selection, where: Sequence[Condition] = ())
         if policy_of(record).learn_drop is None:
             continue
         found = departures_of(run, record)
-        values = [describe_value(name, record.metric(name)) for name in DROPPING]
+        values = [describe_metric(name, record) for name in DROPPING]
         number, style = (f"★ {record.trial}", "bold") if record.trial == pick.trial else (str(record.trial), "")
         table.add_row(Text(number), _left(record, found), *values, _memory(record, found), style=style)
     return table
@@ -116,6 +119,8 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
         Text(f"★ trial {pick.trial} is {pick.why}", style="bold"),
         Text(f"  against the end-to-end baseline: {describe_savings(run, chosen)}"),
     ]
+    if any(is_shared_time(name, record) for name in run.objectives for record in members):
+        lines.append(Text(SHARED_NOTE, style="yellow"))
     for verdict in control_verdicts(run, chosen):
         lines.append(Text(f"  {verdict.sentence}", style="" if verdict.verdict == BEATS else "yellow"))
     return lines
@@ -145,7 +150,7 @@ def _title(record: TrialRecord, reference: TrialRecord | None) -> str:
 
 def _cell(name: str, record: TrialRecord, reference: TrialRecord | None) -> Text:
     if reference is None or record.trial == reference.trial:
-        return Text(describe_value(name, record.metric(name)))
-    value = Text(describe_value(name, record.metric(name), scale=reference.metric(name)))
+        return Text(describe_metric(name, record))
+    value = Text(describe_metric(name, record, scale=reference.metric(name)))
     change = describe_difference(name, record.metric(name), reference.metric(name))
     return value.append("\n").append(change, style="dim not bold")

@@ -27,6 +27,14 @@ LABELS = {
 }
 """The metrics as a reader calls them."""
 
+TIMES = ("train_seconds", "samples_per_second")
+"""The metrics that trials which share a device spoil for each other."""
+
+SHARED = "†"
+"""The mark of a time that was measured on a shared device."""
+
+SHARED_NOTE = f"{SHARED} measured while other trials trained on the same device: not to be compared"
+
 HEADLINE = ("params", "memory", "train_flops", "accuracy")
 """The metrics by which a policy is told in a sentence, objectives or not."""
 
@@ -64,6 +72,17 @@ def unit_of(metric: str, scale: float) -> Unit:
     if metric == "train_seconds":
         return Unit(1, "s", 1)
     return Unit(1, "images/s" if metric == "samples_per_second" else "", 0)
+
+
+def is_shared_time(metric: str, record: TrialRecord) -> bool:
+    """Whether a metric is a time, and the trial shared its device."""
+    return metric in TIMES and (record.packed or 1) > 1
+
+
+def describe_metric(metric: str, record: TrialRecord, scale: float | None = None) -> str:
+    """A trial's value as by `describe_value`, a time on a shared device with a mark."""
+    shown = describe_value(metric, record.metric(metric), scale)
+    return f"{shown} {SHARED}" if is_shared_time(metric, record) else shown
 
 
 def describe_value(metric: str, value: float | None, scale: float | None = None) -> str:

@@ -16,10 +16,12 @@ from rlsearch.results.departures import departures_of, describe_departures, epoc
 from rlsearch.results.describe import (
     HEADLINE,
     LABELS,
+    SHARED_NOTE,
     describe_difference,
+    describe_metric,
     describe_savings,
     describe_trial,
-    describe_value,
+    is_shared_time,
 )
 from rlsearch.results.dropping import dropping_sentence
 from rlsearch.results.dropping_charts import departures_chart, dropping_chart
@@ -77,7 +79,9 @@ def _body(run: Run, pick: Selection) -> Iterable[str]:
         note="Each point is a trained policy; the dashed lines are the baseline. Point at one for its policy.",
     )
     yield page.section(
-        "Trials on the front", _front_table(run, pick), note="Below each value, the difference to the baseline."
+        "Trials on the front",
+        _front_table(run, pick),
+        note=f"Below each value, the difference to the baseline.{_times(run)}",
     )
     units = units_chart(run, pick)
     if units is not None:
@@ -123,11 +127,17 @@ def _subtitle(run: Run) -> str:
     return f"{run.folder.resolve().name}: {len(run.records)} trials ({states}); {goals}{when}"
 
 
+def _times(run: Run) -> str:
+    """A word on times that others spoiled, where any are shown."""
+    is_shown = any(is_shared_time(name, record) for name in run.objectives for record in run.records)
+    return f" {SHARED_NOTE}." if is_shown else ""
+
+
 def _pick_section(run: Run, pick: Selection) -> str:
     """The pick in figures, why it is the pick, and whether it beats its controls."""
     chosen, reference = record_of(run, pick.trial), baseline(run)
     names = [*reversed(HEADLINE), *(name for name in run.objectives if name not in HEADLINE)]
-    items = [_card(name, chosen.metric(name), None if reference is None else reference.metric(name)) for name in names]
+    items = [_card(name, chosen, reference) for name in names]
     verdicts = [(item.sentence, "" if item.verdict == BEATS else "warn") for item in control_verdicts(run, chosen)]
     return page.section(
         f"The pick: trial {pick.trial}",
@@ -139,15 +149,14 @@ def _pick_section(run: Run, pick: Selection) -> str:
     )
 
 
-def _card(name: str, value: float | None, base: float | None) -> tuple[str, str, str]:
+def _card(name: str, record: TrialRecord, reference: TrialRecord | None) -> tuple[str, str, str]:
     """A metric's label, its difference to the baseline, and the two values; the value alone where there is none."""
-    shown = describe_value(name, value, base)
-    change = describe_difference(name, value, base)
-    return (
-        (LABELS[name], change, f"{shown}; baseline {describe_value(name, base)}")
-        if change
-        else (LABELS[name], shown, "")
-    )
+    base = None if reference is None else reference.metric(name)
+    shown = describe_metric(name, record, base)
+    change = describe_difference(name, record.metric(name), base)
+    if reference is None or not change:
+        return LABELS[name], shown, ""
+    return LABELS[name], change, f"{shown}; baseline {describe_metric(name, reference)}"
 
 
 def _front_table(run: Run, pick: Selection) -> str:
@@ -177,7 +186,7 @@ def _row(run: Run, record: TrialRecord, reference: TrialRecord | None, pick: Sel
     for name in run.objectives:
         base = None if reference is None else reference.metric(name)
         change = "" if record is reference else describe_difference(name, record.metric(name), base)
-        cells.append(page.Cell(describe_value(name, record.metric(name), base), change))
+        cells.append(page.Cell(describe_metric(name, record, base), change))
     cells.append(page.Cell(describe_trial(record, reference), note))
     return page.Row(tuple(cells), "strong pick" if record.trial == pick.trial else "")
 
@@ -217,8 +226,7 @@ def _all_trials(run: Run) -> str:
     rows = []
     for record in run.records:
         values = (
-            describe_value(name, record.metric(name), None if reference is None else reference.metric(name))
-            for name in names
+            describe_metric(name, record, None if reference is None else reference.metric(name)) for name in names
         )
         rows.append(page.Row((str(record.trial), record.state, *values, describe_trial(record, reference))))
     head = ["trial", "state", *(LABELS[name] for name in names), "policy"]

@@ -31,13 +31,16 @@ def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dic
     reference = baseline(run)
     return {
         "objectives": dict(run.objectives),
-        "baseline": None if reference is None else {"trial": reference.trial, "values": values_of(run, reference)},
+        "baseline": None
+        if reference is None
+        else {"trial": reference.trial, "values": values_of(run, reference), "packed": reference.packed},
         "front": [
             {
                 "trial": record.trial,
                 "policy": policy_of(record).to_dict(),
                 "values": values_of(run, record),
                 "learn_drop": _learn_drop(run, record),
+                "packed": record.packed,
             }
             for record in front(run, where)
         ],

@@ -47,13 +47,21 @@ _TRIALS = pa.schema(
     {"trial": _INTEGER, "state": _TEXT, "origin": _TEXT, "reason": _TEXT, "policy": _TEXT, "policy_hash": _TEXT}
     | {"training": _TEXT, "seed": _INTEGER, "fidelity": _INTEGER}
     | _METRIC_TYPES
-    | {"dropped_units": _INTEGER, "step_memory": _INTEGER, "device": _TEXT, "started": _TIME, "ended": _TIME}
+    | {
+        "dropped_units": _INTEGER,
+        "step_memory": _INTEGER,
+        "device": _TEXT,
+        "packed": _INTEGER,
+        "started": _TIME,
+        "ended": _TIME,
+    }
 )
 _EPOCHS = pa.schema(
     {"epoch": _INTEGER, "epochs": _INTEGER}
     | _METRIC_TYPES
     | {"validation_loss": _NUMBER, "train_loss": _NUMBER, "lr": _NUMBER, "dropped_units": _INTEGER}
     | {"learnable_params": _INTEGER, "step_memory": _INTEGER, "learning": _NAMES, "left": _NAMES, "device": _TEXT}
+    | {"packed": _INTEGER}
 )
 _DIGEST = b"rlsearch.sha256"
 
@@ -76,7 +84,7 @@ class TrialRecord:
         params: learnable parameters by unique storage, after surgery.
         params_total: parameters of the materialised model.
         memory: bytes; on CUDA the measured peak of a training step, elsewhere the predicted bytes.
-        memory_predicted: bytes, from fake tensors: the same number on every machine.
+        memory_predicted: bytes at the peak of a step, from fake tensors: the same number on every machine.
         train_flops: floating-point operations that the training spent.
         forward_flops: the part of them that forward passes spent.
         forward_share: ``forward_flops`` as a share of what the untouched model would have spent on the same images.
@@ -86,6 +94,7 @@ class TrialRecord:
         dropped_units: units that had left training at the end.
         step_memory: bytes of a training step in the last epoch, measured or predicted as ``memory`` is.
         device: what the trial ran on.
+        packed: how many trials may have trained on that device at once; 1 for a trial alone on it.
         started: when the trial began, with a time zone.
         ended: when the trial ended, with a time zone.
     """
@@ -113,6 +122,7 @@ class TrialRecord:
     dropped_units: int | None = None
     step_memory: int | None = None
     device: str | None = None
+    packed: int | None = None
     started: datetime | None = None
     ended: datetime | None = None
 

@@ -31,7 +31,16 @@ _STATUS = {
     "FAIL": api_pb2.STATUS_FAILURE,
     "INFEASIBLE": api_pb2.STATUS_FAILURE,
 }
-_CURVES = (*METRICS, "validation_loss", "train_loss", "lr", "dropped_units", "learnable_params", "step_memory")
+_CURVES = (
+    *METRICS,
+    "validation_loss",
+    "train_loss",
+    "lr",
+    "dropped_units",
+    "learnable_params",
+    "step_memory",
+    "packed",
+)
 
 
 def write_trial(

@@ -58,6 +58,13 @@ class Slots:
         """Threads that a process may keep busy."""
         return max(1, int(self.cpu))
 
+    @property
+    def sharing(self) -> int:
+        """How many trials may train on one device at once; the CPU is one device."""
+        if not self.gpu:
+            return self.count
+        return min(self.count, max(1, _whole(1 / self.gpu)))
+
 
 @contextlib.contextmanager
 def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]:
@@ -126,7 +133,7 @@ def plan_slots(
         gpu: GPUs of one process; None for ``auto``: as many trials share a GPU as its memory and the cores allow, at
             most eight, for beyond that they only wait for each other. Processes that train one trial together share
             none: each has one whole GPU, where there is any.
-        predicted_bytes: the memory of the largest trial, as predicted.
+        predicted_bytes: what the largest trial takes of a GPU's memory, as predicted.
         resources: the cluster's ``CPU`` and ``GPU``, as Ray counts them.
         gpu_bytes: the memory of one GPU, where it is known.
         most: never more trials than this.
@@ -154,7 +161,7 @@ def plan_slots(
         gpu = 1 / share if gpus else 0.0
     count = by_cores
     if gpu:
-        a_gpu = int(1 / gpu + 1e-9)  # 1/3 is less than a third
+        a_gpu = _whole(1 / gpu)
         processes = int(gpus) * a_gpu if gpu <= 1 else int(gpus // gpu)
         count = min(by_cores, processes // workers)
     return Slots(max(1, min(count, most or count)), cpu, gpu, workers)
@@ -167,6 +174,12 @@ def gpu_memory_bytes() -> int | None:
     if not torch.cuda.is_available():
         return None
     return min(int(torch.cuda.get_device_properties(i).total_memory) for i in range(torch.cuda.device_count()))
+
+
+def memory_fraction(gpu: float, gpu_bytes: int) -> float:
+    """The share of a GPU's memory that torch may give out to a trial with a share of the GPU: without what its CUDA
+    context takes, which torch does not count, so that as many trials as there are shares fit side by side."""
+    return max(gpu - _CUDA_CONTEXT_BYTES / gpu_bytes, gpu / 2)
 
 
 def machine_cpus() -> int:
@@ -185,6 +198,11 @@ def _check_workers(workers: int, cpu: float, gpu: float, cores: float, gpus: flo
             rule = f"{workers} of them with {each:g} {what} each need {workers * each:g}, and there are {there:g}"
             found.append(Problem("resources.workers", f"{rule}; ask for fewer workers, or set {less}"))
     return found
+
+
+def _whole(number: float) -> int:
+    """The whole part, where rounding may have left a number just below it: 1/3 is less than a third."""
+    return int(number + 1e-9)
 
 
 def _trials_a_gpu(predicted_bytes: int, gpu_bytes: int | None, by_cores: int, gpus: float) -> int:

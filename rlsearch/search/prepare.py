@@ -24,14 +24,16 @@ class Prepared:
     Attributes:
         space: with the data's number of classes.
         data: the images.
+        policies: what the space offers.
         sampler: proposes policies.
-        predicted_bytes: the memory of the baseline's training, as predicted.
+        costs: of the model.
     """
 
     space: SearchSpace
     data: ImageData
+    policies: PolicySpace
     sampler: PolicySampler
-    predicted_bytes: int
+    costs: ExactCosts
 
     @property
     def data_bytes(self) -> int:
@@ -63,5 +65,6 @@ def prepare(space: SearchSpace, address: str = "local") -> Prepared:
     costs = ExactCosts(model, data.input_shape, "cuda" if on_gpu else "cpu", space.resources.workers)
     baseline = Policy(space.model)
     constraints = HardConstraints(space.constraints, costs, baseline, space.training)
-    sampler = PolicySampler(PolicySpace(space, model, data.input_shape), constraints)
-    return Prepared(space, data, sampler, costs.cost(baseline, space.training).memory)
+    policies = PolicySpace(space, model, data.input_shape)
+    costs.cost(baseline, space.training)  # a model that cannot be costed should be told now
+    return Prepared(space, data, policies, PolicySampler(policies, constraints), costs)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from rlsearch.errors import UserError
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.packing import largest_memory, sharing_note, timing_warning
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
@@ -49,18 +50,19 @@ def start_search(
         SearchError: Ray cannot be started, too many trials failed, or all of them did.
     """
     check_address(address)
+    console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_free()
     prepared = prepare(space, address)
     with ray_cluster(address, prepared.data_bytes) as scratch:
-        slots = _slots(prepared, address)
+        slots = _slots(prepared, address, console)
         with folder.locked():
             folder.check_free()  # another search may have taken it since
             content = prepared.space.to_dict()
             name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
             study = RunStudy.create(folder.study_path, name, content, prepared.space.search.trials)
             folder.write_space(content)
-            return SearchSession(prepared, folder, study, slots, trainable).run(console or Console(), scratch)
+            return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
 def resume_search(
@@ -87,6 +89,7 @@ def resume_search(
         SearchError: as for `start_search`.
     """
     check_address(address)
+    console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_run()
     with folder.locked():
@@ -105,17 +108,25 @@ def resume_search(
         prepared = prepare(space, address)
         folder.write_versions("resume")
         with ray_cluster(address, prepared.data_bytes) as scratch:
-            slots = _slots(prepared, address)
-            return SearchSession(prepared, folder, study, slots, trainable).run(console or Console(), scratch)
+            slots = _slots(prepared, address, console)
+            return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
-def _slots(prepared: Prepared, address: str) -> Slots:
-    """How many trials run at once on what Ray has."""
+def _slots(prepared: Prepared, address: str, console: Console) -> Slots:
+    """How many trials run at once on what Ray has; told where they share a device."""
     asked, resources, gpu_bytes = prepared.space.resources, dict(ray.cluster_resources()), gpu_memory_bytes()
     if address == "local" and gpu_bytes is None:
         resources.pop("GPU", None)  # Ray sees one that this torch cannot use
     most = prepared.space.search.max_concurrent
-    return plan_slots(asked.cpu, asked.gpu, prepared.predicted_bytes, resources, gpu_bytes, most, asked.workers)
+    # Without a GPU nobody asks for memory, and costing the largest training takes a second or two.
+    largest = largest_memory(prepared.policies, prepared.costs) if resources.get("GPU") and asked.gpu != 0 else 0
+    slots = plan_slots(asked.cpu, asked.gpu, largest + prepared.data_bytes, resources, gpu_bytes, most, asked.workers)
+    note, warning = sharing_note(slots, largest, gpu_bytes), timing_warning(prepared.space)
+    if note is not None:
+        console.print(note)
+    if warning is not None and slots.sharing > 1:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+    return slots
 
 
 def _target(trials: str | int | None, study: RunStudy) -> int:

@@ -153,6 +153,7 @@ class SearchSession:
             folder=str(self._folder.path),
             num_threads=self._slots.num_threads,
             gpu=self._slots.gpu,
+            packed=self._slots.sharing,
             import_path=str(Path.cwd()),
             workers=self._slots.workers,
             cpu=self._slots.cpu,

@@ -238,6 +238,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         fidelity=final.get("epoch", 0),
         dropped_units=final.get("dropped_units"),
         step_memory=final.get("step_memory"),
+        packed=final.get("packed"),
         device=final.get("device"),
         started=_with_zone(trial.datetime_start),
         ended=_with_zone(trial.datetime_complete),

@@ -14,6 +14,7 @@ from rlsearch.model_graph import example_shape
 from rlsearch.policy import Policy
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
+from rlsearch.search.packing import timing_warning
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace
@@ -77,6 +78,8 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
         num_samples: how many random valid policies to cost.
     """
     space, input_shape, warnings = _look_at_data(space)
+    timing = timing_warning(space)
+    warnings += [] if timing is None else [timing]
     model = build_unallocated(space)
     policies = PolicySpace(space, model, input_shape)
     costs = ExactCosts(model, input_shape, workers=space.resources.workers)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rlsearch.errors import OutOfMemoryError, RunFolderError, TrialError, UserError
+from rlsearch.search.cluster import memory_fraction
 from rlsearch.search.outcome import Outcome
 
 if TYPE_CHECKING:  # torch is loaded by the process that trains, once
@@ -37,6 +38,7 @@ class WorkerSettings:
         folder: the run's folder; on a cluster it lies on storage that all nodes share.
         num_threads: CPU threads of one process.
         gpu: the share of a GPU that a process may use; 0 trains on the CPU.
+        packed: how many trials may train on one device at once.
         import_path: where the driver runs, for a user's own ``package.module:factory``.
         checkpoint_seconds: training time between two checkpoints; shorter trials write none.
         workers: how many processes train one trial together.
@@ -46,6 +48,7 @@ class WorkerSettings:
     folder: str
     num_threads: int = 1
     gpu: float = 0.0
+    packed: int = 1
     import_path: str = ""
     checkpoint_seconds: float = 10.0
     workers: int = 1
@@ -111,7 +114,8 @@ class TrainingProcess:
         torch.set_num_threads(self._settings.num_threads)
         if 0 < self._settings.gpu < 1:
             # Ray's fractions are only counted; this makes a trial that outgrows its share fail alone.
-            torch.cuda.set_per_process_memory_fraction(self._settings.gpu)
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(self._settings.gpu, total))
 
     def make_trial(self, spec: TrialSpec) -> Trial:
         """The training of ``spec``; what a benchmark of the machinery replaces."""
@@ -136,7 +140,7 @@ class TrainingProcess:
         if self._trial is None:
             self._trial = self._start()
         if not self._trial.done:
-            self._epochs.append(self._trial.run_epoch().to_dict())
+            self._epochs.append(self._trial.run_epoch().to_dict() | {"packed": self._settings.packed})
         if self._trial.done:
             self.save_result(Path(self._job.checkpoints))
             return self._result("COMPLETE", done=True, reason=self._note)

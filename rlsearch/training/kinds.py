@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Sequence
 
 from torch import fx, nn
@@ -11,9 +10,6 @@ from rlsearch.replacement import BLOCKS, PlannedUnit, Unit
 from rlsearch.replacement.fitting import MadeTensor
 from rlsearch.replacement.layers import ComposedConv, ComposedLinear, composed_class
 from rlsearch.replacement.signature import graph_signature, module_signature
-
-# Options that decide where a and b start, and how many pairs there are: neither costs an operation or an activation.
-_FREE = ("init", "pair")
 
 
 class Kinds:
@@ -37,9 +33,9 @@ class Kinds:
         return self._number((signature, setting))
 
     def of_step(self, step: PlannedUnit) -> Hashable:
-        """Equal where equal modules are made of equal ones; where a and b start plays no part."""
-        options = {name: value for name, value in step.options.items() if name != "init"}
-        return step.block, json.dumps(options, sort_keys=True), self._parts(step)
+        """Equal where equal modules are made of equal ones; where a and b start plays no part, and options that are
+        decided (which sources, which tensors) do so by what was decided."""
+        return step.block, step.fit.made, step.fit.single, self._settings(step), self._parts(step)
 
     def of_measurement(self, step: PlannedUnit) -> Hashable:
         """Equal where a step costs the same operations and activations, though not the same parameters.
@@ -47,11 +43,17 @@ class Kinds:
         Weights alone that are a P + b N, and learned: however a and b are made, P, N and what a and b are made of are
         kept, which are parameters all of them. Where biases or norms are made, products of a few numbers are kept too.
         """
-        borrowed = step.options.get("norms") != "own" or BLOCKS[step.block].mixing is not None
+        learning = step.options.get("neighbours"), step.options.get("update_every", 1)
+        borrowed = BLOCKS[step.block].mixing is not None
         if borrowed or step.block == "constant" or not all(self._is_rebuilt(step, tensor) for tensor in step.fit.made):
-            return self.of_step(step)
-        options = {name: value for name, value in step.options.items() if name not in _FREE}
-        return "a P + b N", json.dumps(options, sort_keys=True), self._parts(step)
+            return self.of_step(step), learning
+        return "a P + b N", step.fit.made, step.fit.single, learning, self._parts(step)
+
+    def _settings(self, step: PlannedUnit) -> Hashable:
+        """The values of options that play a part in what is made."""
+        is_mapped = any(tensor.mapped for tensor in step.fit.made)
+        names = ["pair", "rank", *(["boundary_rank"] if is_mapped else [])]
+        return tuple(step.options.get(name) for name in names)
 
     def _is_rebuilt(self, step: PlannedUnit, tensor: MadeTensor) -> bool:
         """Whether a made tensor is a weight that is made anew for the backward pass."""

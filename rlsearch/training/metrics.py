@@ -23,8 +23,9 @@ class EpochMetrics:
         mean_learnable_params: parameters that learned, averaged over the images trained on so far.
         memory: bytes; on CUDA the peak allocated in a training step of the first epoch, after warm-up; elsewhere
             ``memory_predicted``. Where several processes train one model, of the one that needs most.
-        memory_predicted: bytes: parameters, gradients, optimizer state, saved activations, from fake tensors; of one
-            process with its part of a batch.
+        memory_predicted: bytes at the peak of a step, before anything is dropped, from fake tensors: parameters,
+            gradients, optimizer state, activations and temporary tensors, of one process with its part of a batch; the
+            same number on every machine.
         step_memory: bytes of a training step in this epoch, before its cut: on CUDA the peak allocated after warm-up,
             elsewhere predicted; features that are stored in the device's memory are among them.
         train_flops: floating-point operations spent on training so far, as the layers really ran.
@@ -39,6 +40,8 @@ class EpochMetrics:
             order; told in the first epoch and wherever the cut has moved, else empty, as it is without Learn&Drop.
         left: the names of those that left with this epoch's cut, in forward order.
         device: what it ran on, as torch names it.
+        packed: how many trials of a search may have trained on that device at once; 1 for a trial alone on it, whose
+            times alone can be compared with others'.
     """
 
     epoch: int
@@ -63,6 +66,7 @@ class EpochMetrics:
     learning: tuple[str, ...]
     left: tuple[str, ...]
     device: str
+    packed: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for tables and reports."""

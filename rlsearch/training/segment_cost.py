@@ -3,48 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from rlsearch.replacement.clock import Clock
 from rlsearch.training.loop import autocast
+from rlsearch.training.storages import Storages, block_bytes, peak_bytes
+
+Events = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class SegmentCost:
     """What one segment costs for a whole batch, with the blocks that a policy puts into it.
 
+    Bytes are whole blocks of the allocator. Those of the segment's input and output are in none of them but the peaks:
+    a tensor between two segments is counted by who adds them up.
+
     Attributes:
         forward_flops: operations of the forward pass, on average over the passes of units that learn in some only.
         backward_flops: operations of the backward pass, on average; without the gradient of the input where none is
             needed.
         interior_bytes: saved for backward, without the segment's input and output.
+        cast_bytes: copies of parameters in lower precision that nothing saves, but autocast keeps until its end.
         output_bytes: the size of the output.
         saves_input: whether the input is kept for the backward pass.
         saves_output: whether the output is.
         is_identity: whether the output is the input itself (a skipped unit).
         learns: whether the output takes a gradient: something in the segment learns, or the input takes one.
+        forward_peak: the most that the forward pass holds at once, its input left out and its output not.
+        backward_peak: the most that the backward pass holds at once, from the output's gradient on: what is saved and
+            not yet given up, the input and the output among it, temporary tensors, and gradients, the input's too.
+        backward_peak_input_held: the same where the input is there all the time, for whoever else holds it.
+        borrowed_gradients: bytes of the gradients of parameters of other segments, by a number and a
+            name that the caller gave.
+        own_gradients: bytes of those of the segment's own; not measured, since segments that are alike in all else may
+            differ in it.
     """
 
-    forward_flops: float
-    backward_flops: float
-    interior_bytes: int
-    output_bytes: int
-    saves_input: bool
-    saves_output: bool
-    is_identity: bool
-    learns: bool
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    interior_bytes: int = 0
+    cast_bytes: int = 0
+    output_bytes: int = 0
+    saves_input: bool = False
+    saves_output: bool = False
+    is_identity: bool = False
+    learns: bool = False
+    forward_peak: int = 0
+    backward_peak: int = 0
+    backward_peak_input_held: int = 0
+    borrowed_gradients: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    own_gradients: int = 0
 
 
 def measure(
-    module: nn.Module, inputs: Tensor, *, precision: str, parameters: Sequence[Tensor], is_last: bool
+    module: nn.Module,
+    inputs: Tensor,
+    *,
+    precision: str,
+    known: Sequence[Tensor],
+    borrowed: Mapping[tuple[int, str], Tensor],
+    learned_before: Sequence[Tensor] = (),
 ) -> SegmentCost:
     """What ``module`` costs on fake ``inputs``, under the caller's fake mode.
 
@@ -55,8 +78,9 @@ def measure(
         module: in training mode.
         inputs: (B, ...); it requires a gradient where the segment before it learns.
         precision: ``fp32`` or ``bf16``.
-        parameters: of the whole model; what is kept of them takes no further memory.
-        is_last: whether the loss follows, whose own saved tensors are then counted with the segment's.
+        known: the parameters and buffers of the whole model; what is kept of them takes no further memory.
+        borrowed: parameters that may not be the module's own, but get a gradient through it.
+        learned_before: others that have their gradient already when the backward pass comes here.
     """
     clocks: dict[int, list[Clock]] = {}
     for part in module.modules():
@@ -64,7 +88,7 @@ def measure(
             clocks.setdefault(part.period, []).append(part)
 
     def run() -> SegmentCost:
-        return _run(module, inputs, precision=precision, parameters=parameters, is_last=is_last)
+        return _run(module, inputs, precision, known, borrowed, learned_before)
 
     _set_passes(clocks, None)
     learning = run()
@@ -78,6 +102,24 @@ def measure(
     return replace(learning, forward_flops=forward, backward_flops=backward)
 
 
+def measure_inference(module: nn.Module, inputs: Tensor, *, precision: str, known: Sequence[Tensor]) -> SegmentCost:
+    """What a segment costs that has left training: its forward pass in eval mode, by which nothing is saved.
+
+    The arguments are those of `measure`.
+    """
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Autocast keeps its copies of what takes gradients only.
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    module.eval()
+    with torch.no_grad():
+        cost = _run(module, inputs, precision, known, {}, ())
+    module.train()
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    return cost
+
+
 def _set_passes(clocks: Mapping[int, Sequence[Clock]], resting: int | None) -> None:
     """Brings every clock to a pass that learns; those of the period ``resting`` to one that does not."""
     for period, alike in clocks.items():
@@ -86,94 +128,117 @@ def _set_passes(clocks: Mapping[int, Sequence[Clock]], resting: int | None) -> N
 
 
 def _run(
-    module: nn.Module, inputs: Tensor, *, precision: str, parameters: Sequence[Tensor], is_last: bool
+    module: nn.Module,
+    inputs: Tensor,
+    precision: str,
+    known: Sequence[Tensor],
+    borrowed: Mapping[tuple[int, str], Tensor],
+    learned_before: Sequence[Tensor],
 ) -> SegmentCost:
     """Runs ``module`` forward and backward once."""
-    # In-place operations may not be applied to a leaf that requires a gradient; in the model it would be none.
-    inputs = inputs.clone()
-    saved: dict[int, Tensor] = {}
+    own = {id(parameter) for parameter in module.parameters()}
+    there = [parameter for parameter in learned_before if id(parameter) not in own]
+    for parameter in there:
+        parameter.grad = torch.empty_like(parameter)
+    seed = torch.ones(())
+    gradients: list[Tensor] = []
+    with Storages([*known, *(p.grad for p in there if p.grad is not None), inputs, seed]) as log:
+        with autocast(precision, inputs.device):
+            features = _Entry.apply(inputs, gradients)
+            outputs = module(features)
+            ended, forward_flops = len(log.events), log.flops
+        source, target = log.number(features), log.number(outputs)
+        sizes = [block_bytes(tensor.untyped_storage().nbytes()) for tensor in (features, outputs)]
+        learns = outputs.requires_grad
+        end = _Exit.apply(outputs)
+        scalar = log.number(end)
+        # From here on the two are there only as far as the backward pass needs them.
+        del features, outputs
+        num_forward = len(log.events)
+        if learns:
+            end.backward(seed)
+    cost = SegmentCost(
+        forward_flops=forward_flops,
+        backward_flops=log.flops - forward_flops,
+        learns=learns,
+        output_bytes=sizes[1],
+        is_identity=source == target,
+        borrowed_gradients={
+            name: block_bytes(tensor.grad.untyped_storage().nbytes())
+            for name, tensor in borrowed.items()
+            if tensor.grad is not None and id(tensor) not in own
+        },
+    )
+    for tensor in known:
+        tensor.grad = None
+    # The one number that the pass ended in is no part of the segment.
+    split = ended, num_forward, len(log.events)
+    parts = [[e for e in log.events[a:b] if e[0] != scalar] for a, b in zip((0, *split), split, strict=False)]
+    return _with_memory(cost, parts, (source, target), (sizes[0], sizes[1]))
 
-    def keep(tensor: Tensor) -> Tensor:
-        saved[_storage(tensor)] = tensor
-        return tensor
 
-    counter = _FlopCounter()
-    with counter:
-        # Forward alone: what a block saves while its backward runs is gone when that is done.
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            with autocast(precision, inputs.device):
-                outputs = module(inputs)
-            forward = counter.flops
-            value = F.cross_entropy(outputs.float(), _labels(outputs)) if is_last else outputs
-        if value.requires_grad:
-            value.backward(torch.ones_like(value))
-    known = {_storage(tensor) for tensor in parameters}
-    boundary = {_storage(inputs), _storage(outputs)}
-    interior = [t for key, t in saved.items() if key not in known and key not in boundary]
-    for parameter in parameters:
-        parameter.grad = None
-    return SegmentCost(
-        forward_flops=forward,
-        backward_flops=counter.flops - forward,
-        interior_bytes=sum(tensor.untyped_storage().nbytes() for tensor in interior),
-        output_bytes=outputs.untyped_storage().nbytes(),
-        saves_input=_storage(inputs) in saved,
-        saves_output=_storage(outputs) in saved,
-        is_identity=_storage(inputs) == _storage(outputs),
-        learns=outputs.requires_grad,
+def _with_memory(
+    cost: SegmentCost,
+    parts: Sequence[Events],
+    boundary: tuple[int | None, int | None],
+    sizes: tuple[int, int],
+) -> SegmentCost:
+    """The cost with what the noted storages say.
+
+    Args:
+        cost: the rest of it.
+        parts: what came and went in the forward pass, between the passes, and in the backward pass.
+        boundary: the numbers of the input and the output.
+        sizes: their bytes.
+    """
+    forward, between, backward = parts
+    source, target = boundary
+    before = [*forward, *between]
+    interior = _alive(before, boundary)
+    saves_input = _alive([event for event in before if event[0] == source]) > 0
+    saves_output = not cost.is_identity and _alive([event for event in before if event[0] == target]) > 0
+    start = interior + sizes[1] * saves_output
+    return replace(
+        cost,
+        interior_bytes=interior,
+        cast_bytes=_alive(forward, boundary) - interior,
+        saves_input=saves_input,
+        saves_output=saves_output,
+        forward_peak=peak_bytes(event for event in forward if event[0] != source),
+        backward_peak=peak_bytes(backward, start + sizes[0] * saves_input),
+        backward_peak_input_held=sizes[0] + peak_bytes((event for event in backward if event[0] != source), start),
     )
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Counts as `torch.utils.flop_counter.FlopCounterMode` does, by the same formulas, but not module by module, which
-    takes that one as long again.
-
-    torch has formulas for attention too, on the CPU as on CUDA. It counts the weight gradient of a convolution in
-    groups as that of a dense one, which is more than is computed.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        # Operations that are made of others do not come here: autograd has taken them apart.
-        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
-        return result
+def _alive(events: Events, without: Sequence[int | None] = ()) -> int:
+    """Bytes that came and did not go."""
+    return sum(num_bytes for number, num_bytes in events if number not in without)
 
 
-def saved_bytes(costs: Sequence[SegmentCost], input_bytes: int, *, is_batch: bool = True) -> int:
-    """What is kept for the backward pass of consecutive segments; a tensor between two of them counts once.
+class _Entry(torch.autograd.Function):
+    """What a segment reads: no leaf, since in-place operations may not be applied to one that takes a gradient."""
 
-    Args:
-        costs: of the segments.
-        input_bytes: of the first segment's input.
-        is_batch: whether that input is what the step was given (images, or stored features), which is there in any
-            case; else segments that do not learn made it in the step, and it is gone unless it is kept.
-    """
-    total = input_bytes if is_batch else 0
-    # The tensor that the next segment reads: its size, and whether it is counted already.
-    size, counted = input_bytes, is_batch
-    for cost in costs:
-        if cost.saves_input and not counted:
-            total += size
-            counted = True
-        total += cost.interior_bytes
-        if not cost.is_identity:
-            size, counted = cost.output_bytes, cost.saves_output
-            total += size if counted else 0
-    return total
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        # It is what the segment before starts from: it does not go with the backward pass.
+        ctx.gradients.append(gradient)
+        return None, None
 
 
-def _labels(logits: Tensor) -> Tensor:
-    return torch.zeros(logits.shape[0], dtype=torch.int64)
+class _Exit(torch.autograd.Function):
+    """One number for a segment's output, whose gradient it makes anew, so that nobody else holds that."""
 
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor) -> Tensor:
+        ctx.form = outputs.shape, outputs.stride(), outputs.dtype
+        return outputs.new_empty(())
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        shape, stride, dtype = ctx.form
+        return torch.empty_strided(shape, stride, dtype=dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rlsearch.replacement import learnable_params, total_params
+from rlsearch.training.storages import block_bytes, storage_key
 
 
 @dataclass(frozen=True)
@@ -18,23 +19,28 @@ class Sizes:
     Attributes:
         learnable: parameters that take a gradient, each part of a storage once.
         total: parameters of the materialised model.
-        learnable_bytes: of the parameters that take a gradient, each storage once.
-        fixed_bytes: of all parameters and buffers, each storage once.
+        learnable_tensors: how many tensors they are, each storage once.
+        learnable_bytes: of them, each storage once, in whole blocks of the allocator.
+        fixed_bytes: of all parameters and buffers, each storage once, in whole blocks of the allocator.
     """
 
     learnable: int = 0
     total: int = 0
+    learnable_tensors: int = 0
     learnable_bytes: int = 0
     fixed_bytes: int = 0
 
     @classmethod
     def of(cls, module: nn.Module) -> Sizes:
         """The sizes of a model, or of a unit by itself."""
+        learnable = _storages(p for p in module.parameters() if p.requires_grad)
+        fixed = _storages([*module.parameters(), *module.buffers()])
         return cls(
             learnable_params(module),
             total_params(module),
-            _bytes(p for p in module.parameters() if p.requires_grad),
-            _bytes(module.parameters()) + _bytes(module.buffers()),
+            len(learnable),
+            sum(learnable.values()),
+            sum(fixed.values()),
         )
 
     def __add__(self, other: Sizes) -> Sizes:
@@ -67,9 +73,9 @@ def _held(module: nn.Module) -> Iterator[int]:
     for _, part in module.named_modules(remove_duplicate=False):
         for tensor in [*part._parameters.values(), *part._buffers.values()]:
             if tensor is not None:
-                yield tensor.untyped_storage()._cdata
+                yield storage_key(tensor)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors, shared storage once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of the tensors' storages, by storage."""
+    return {storage_key(tensor): block_bytes(tensor.untyped_storage().nbytes()) for tensor in tensors}

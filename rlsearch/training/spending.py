@@ -63,8 +63,7 @@ class Spending:
             cut: how many segments have left.
             stored: whether their output is read rather than computed.
         """
-        learnable = Sizes.of(model).learnable_bytes
-        return self._costs.memory_at(self._policy, cut, learnable, stored=stored)
+        return self._costs.memory_at(self._policy, cut, Sizes.of(model), stored=stored)
 
     def add_epoch(self, num_images: int, learnable_params: int, cut: int, *, stored: bool) -> None:
         """Counts the steps of an epoch, which were all made at one cut."""

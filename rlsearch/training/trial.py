@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
 from rlsearch.learn_drop import Dropper
+from rlsearch.learn_drop.feature_store import first_line, is_shortage
 from rlsearch.model_graph import outermost
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import (
@@ -42,6 +43,7 @@ from rlsearch.training.loop import (
     resolve_precision,
     train_epoch,
 )
+from rlsearch.training.memory_fit import MemoryFit
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
 from rlsearch.training.spending import Spending
@@ -154,17 +156,16 @@ class Trial:
         check_features(spec.policy.learn_drop, data)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
-        with _memory_errors():
+        self._fit: MemoryFit | None = None
+        with self._memory_errors():
             self._data = data if isinstance(data, ImageBatches) else open_images(data, self.device, group)
             torch.manual_seed(spec.seed)
             self.model = build_spec(spec.model)
-            self._costs = _cost_model(
-                json.dumps(asdict(spec.model), sort_keys=True),
-                data.input_shape,
-                training.batch_size if group is None else largest_share(training.batch_size, group.size),
-                training.optimizer,
-                self._precision,
-            )
+            num_images = min(training.batch_size, self._data.num_train)
+            size = 1 if group is None else group.size
+            self._costs = self._costs_of(largest_share(training.batch_size, size))
+            self._fit = MemoryFit(self._costs_of, spec.policy, largest_share(num_images, size), self.device)
+            self._fit.check()
             report = apply_policy(self.model, spec.policy, units=self._costs.units)
             self.model.to(self.device).to(memory_format=torch.channels_last)
             self._optimizer = build_optimizer(training, self.model, mixing_parameters(self.model))
@@ -225,7 +226,7 @@ class Trial:
             DivergedError: a loss is no longer finite.
             OutOfMemoryError: the device has too little memory.
         """
-        with _memory_errors():
+        with self._memory_errors():
             trained = self._train()
             with self._step.plain():
                 validation = evaluate(
@@ -301,6 +302,21 @@ class Trial:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """What torch raises when memory runs out, on the GPU or the host, as one of our own errors."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_shortage(error):
+                raise
+            told = "" if self._fit is None else f"; {self._fit.told()}"
+            raise OutOfMemoryError(first_line(error) + told) from error
+
+    def _costs_of(self, batch_size: int) -> CostModel:
+        model = json.dumps(asdict(self.spec.model), sort_keys=True)
+        return _cost_model(model, self._data.input_shape, batch_size, self.spec.training.optimizer, self._precision)
 
     def _train(self) -> _Epoch:
         """One epoch of steps, and the cut after it."""
@@ -415,16 +431,3 @@ def _cost_model(model: str, input_shape: tuple[int, ...], batch_size: int, optim
     with torch.device("meta"):
         untouched = build_spec(replace(ModelSpec(**json.loads(model)), weights=None))
     return CostModel(untouched, input_shape, batch_size, optimizer, precision)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """What torch raises when memory runs out, on the GPU or the host, as one of our own errors."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(str(error).split("\n")[0]) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemoryError(str(error).split("\n")[0]) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from rich.table import Table
 
 from rlsearch import Policy, Replacement, build_model
 from rlsearch.cli.profile_content import profile_content
-from rlsearch.cli.profile_table import policy_tables, units_table
+from rlsearch.cli.profile_picture import profile_figure, write_picture
+from rlsearch.cli.profile_table import layers_table, policy_tables, units_table
 from rlsearch.errors import ConfigError, SurgeryError
 from rlsearch.training.cost import CostModel
 
@@ -209,3 +212,38 @@ def test_the_command_ends_with_2_and_one_message(
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_the_layers_make_up_the_whole(resnet56: CostModel) -> None:
+    layers, cost = content_of(resnet56, pattern="layer1.1")["layers"], resnet56.cost(Policy())
+    assert [layer["name"] for layer in layers] == [segment.name for segment in resnet56.segments]
+    assert sum(layer["params"] for layer in layers) == cost.params
+    assert sum(layer["forward_flops"] for layer in layers) == cost.forward_flops
+    assert sum(layer["step_flops"] for layer in layers) == cost.step_flops
+    batch = 4 * 8 * 3 * 32 * 32
+    share = sum(layer["peak_share"] for layer in layers) + batch / cost.memory
+    assert share == pytest.approx(1, abs=0.02)
+    rows = shown(layers_table(content_of(resnet56, pattern="layer1.1")))
+    assert [row.split()[:2] for row in rows[4:7]] == [["stem", "1"], ["layer1.0", "…"], ["layer2.0", "1"]]
+
+
+def test_the_picture_shows_every_layer_and_every_cut(resnet56: CostModel, tmp_path: Path) -> None:
+    content, cuts = content_of(resnet56, pattern="layer1.1"), resnet56.at_cuts(Policy())
+    cost = resnet56.cost(Policy())
+    assert (cuts[0].memory, cuts[0].memory_stored) == (cost.memory, cost.memory)
+    assert (cuts[0].step_flops, cuts[0].step_flops_stored) == (cost.step_flops, cost.step_flops)
+    assert all(cut.step_flops_stored < cut.step_flops for cut in cuts[1:])
+    figure = profile_figure(content, cuts)
+    bars, _, _, memory, _ = figure.axes
+    assert [text.get_text() for text in bars.get_yticklabels()] == [layer["name"] for layer in content["layers"]]
+    assert [list(line.get_ydata()) for line in memory.lines] == [
+        [cut.memory / 1e6 for cut in cuts],
+        [cut.memory_stored / 1e6 for cut in cuts],
+    ]
+    write_picture(tmp_path / "cost.png", content, cuts)
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+    # No label lies on another: each has a row of its own, higher than its letters.
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in bars.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))

@@ -26,7 +26,7 @@ COLUMNS = {
     *("trial", "state", "reason", "policy", "policy_hash", "seed", "fidelity", "dropped_units", "device", "started"),
     *("accuracy", "params", "params_total", "memory", "memory_predicted", "train_flops", "forward_flops"),
     *("train_seconds", "samples_per_second", "ended", "origin", "training"),
-    *("forward_share", "mean_learnable_params", "step_memory"),
+    *("forward_share", "mean_learnable_params", "step_memory", "packed"),
 }
 
 

@@ -1,0 +1,104 @@
+"""How long costing a policy takes: random policies over all blocks and options, each asked about once.
+
+    python tests/benchmarks/cost.py            ResNet-56, 1,000 policies
+    python tests/benchmarks/cost.py --quick    ResNet-56, 60 policies
+
+The first call for a model looks at all of it, and is timed apart. After that a policy costs what of it has not been
+seen before: early ones more than late ones, which the table shows. Times are of this process alone on its processor, so
+that a busy machine plays no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rlsearch import Policy, Replacement, build_model, estimate_cost
+from rlsearch.errors import SurgeryError
+from rlsearch.replacement import BLOCKS, Unit, find_units, plan
+
+MODEL, SHAPE, BATCH = "resnet56", (3, 32, 32), 128
+
+
+def random_options(source: random.Random, known: Any) -> dict[str, Any]:
+    options = {
+        "sources": source.choice(["adjacent", "nearest"]),
+        "operator": source.choice(["same", "same", "single"]),
+        "neighbours": source.choice(["attached", "detached"]),
+        "norms": source.choice(["own", "borrowed"]),
+        "boundary": source.choice(["strict", "keep", "one_sided", "project"]),
+        "pair": source.choice(["unit", "tensor"]),
+        "update_every": source.choice([1, 1, 1, 2]),
+        "boundary_rank": 1,
+        "rank": source.choice([1, 2]),
+    }
+    return {name: value for name, value in options.items() if name in known}
+
+
+def random_policy(model: torch.nn.Module, units: list[Unit], source: random.Random) -> Policy:
+    """Up to fourteen units and roles, by any blocks with any options that fit."""
+    policy = Policy()
+    for unit in source.sample(units, min(len(units), 14)):
+        block = source.choice(sorted(BLOCKS))
+        options = random_options(source, BLOCKS[block].options)
+        longer = replace(policy, replacements=(*policy.replacements, Replacement(unit.name, block, options)))
+        try:
+            plan(model, longer, units)
+        except SurgeryError:
+            continue
+        policy = longer
+    return policy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="60 policies")
+    parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
+    options = parser.parse_args()
+    count = 60 if options.quick else 1000
+    with torch.device("meta"):
+        model = build_model(MODEL)
+    units = find_units(model, torch.empty(2, *SHAPE, device="meta"))
+    source = random.Random(0)
+    policies = [random_policy(model, units, source) for _ in range(count)]
+
+    def timed(policy: Policy) -> float:
+        started = time.process_time()
+        estimate_cost(model, policy, SHAPE, BATCH)
+        return 1e3 * (time.process_time() - started)
+
+    first = timed(Policy())
+    times = [timed(policy) for policy in policies]
+    again = [timed(policy) for policy in policies]
+    print(f"{MODEL}, {count} policies of {statistics.median(len(p.replacements) for p in policies):g} replacements")
+    print(f"{'first call':<24} {first:>10.0f} ms")
+    parts = [
+        ("policies " + f"{start + 1} to {min(end, count)}", times[start:end])
+        for start, end in ((0, 20), (20, 60), (60, 200), (200, 500), (500, 1000))
+        if start < count
+    ]
+    for label, part in [*parts, ("all", times), ("seen before", again)]:
+        print(f"{label:<24} {statistics.median(part):>10.1f} ms median {max(part):>10.1f} ms worst")
+    figures = {
+        "first_call_ms": first,
+        "estimate_cost_ms": statistics.median(times),
+        "estimate_cost_worst_ms": max(times),
+        "estimate_cost_mean_ms": statistics.mean(times),
+        "above_50_ms_share": sum(value > 50 for value in times) / count,
+        "estimate_cost_again_ms": statistics.median(again),
+    }
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(json.dumps({"name": "cost", "figures": figures, "n": count, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main()
