@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ALTERNATING = "alternating"
@@ -56,14 +55,14 @@ class EpochAugmentation:
 
     Attributes:
         settings: how images are varied.
-        corners: where the window of each image begins, (N,), as `window_corners` has it; None: images stay as they are.
-        table: of `window_table`, for a whole batch.
+        windows: cuts windows out of the images of a batch; None: images stay as they are.
+        corners: where the window of each image begins, (N,), as `Windows.corners` has it.
         centres: row and column of the squares' centres, (2, N), or None where nothing is cut out.
     """
 
     settings: Augmented
-    corners: Tensor | None
-    table: Tensor
+    windows: Windows | None
+    corners: Tensor
     centres: Tensor | None
 
     @classmethod
@@ -92,25 +91,25 @@ class EpochAugmentation:
         count, crop = len(order), settings.crop
         generator = random_stream(seed, epoch, AUGMENTATION)
         offsets = random_offsets(count, crop, generator)
-        mirrored = torch.rand(count, generator=generator) < 0.5
+        mirrored: Tensor | None = torch.rand(count, generator=generator) < 0.5
         if settings.flip == ALTERNATING:
             first = torch.rand(count, generator=random_stream(seed, 0, FIRST_FLIPS)) < 0.5
             mirrored = first[order] ^ (epoch % 2 == 1)
         elif not settings.flip:
-            mirrored = torch.zeros(count, dtype=torch.bool)
-        corners = window_corners(offsets, mirrored, crop, shape) if crop or settings.flip else None
+            mirrored = None
         centres = None
         if settings.cutout:
             generator = random_stream(seed, epoch, CUTOUTS)
-            centres = torch.stack([torch.randint(0, side, (count,), generator=generator) for side in shape[1:]])
-        table = window_table(min(batch_size, count), crop, shape, with_mirrored=bool(settings.flip))
-        return cls(settings, _sent(corners, device), table.to(device, non_blocking=True), _sent(centres, device))
+            sides = [torch.randint(0, side, (count,), generator=generator) for side in shape[1:]]
+            centres = torch.stack(sides).to(device, non_blocking=True)
+        if not (crop or settings.flip):
+            return cls(settings, None, offsets, centres)
+        windows = Windows(min(batch_size, count), crop, shape, device, with_mirrored=mirrored is not None)
+        return cls(settings, windows, windows.corners(offsets, mirrored).to(device, non_blocking=True), centres)
 
     def moved(self, images: Tensor, part: slice) -> Tensor:
         """uint8 images (B, C, H, W) at the positions ``part`` of the order, cropped and mirrored."""
-        if self.corners is None:
-            return images
-        return windows(images, self.settings.crop, self.corners[part], self.table, bool(self.settings.flip))
+        return images if self.windows is None else self.windows(images, self.corners[part])
 
     def cut_out(self, images: Tensor, part: slice) -> Tensor:
         """Normalised images (B, 3, H, W), each with its square set to 0 in place; it may hang over the edge."""
@@ -153,47 +152,55 @@ class Normalisation:
         return self._scale[:3], self._shift[:3]
 
 
-def window_corners(offsets: Tensor, mirrored: Tensor, padding: int, shape: Sequence[int]) -> Tensor:
-    """Where each image's window begins, counted in bytes from the image's own first one.
+class Windows:
+    """Cuts one window out of each black-padded image of a batch, or out of its mirrored copy.
+
+    The images are written into a frame of zeros, where every run of ``W`` bytes is a row of one view without memory:
+    one selection of rows makes all windows.
 
     Args:
-        offsets: row and column of the window in the padded image, in [0, 2 * padding], (2, N).
-        mirrored: whether the window is mirrored, and so lies in the mirrored copy behind the image, (N,).
+        count: the most images of a batch.
         padding: on every side.
         shape: of an image, (C, H, W).
-    """
-    channels, height, width = shape
-    wide = width + 2 * padding
-    column = torch.where(mirrored, 2 * padding - offsets[1], offsets[1])
-    return offsets[0] * wide + column + mirrored * (channels * (height + 2 * padding) * wide)
-
-
-def window_table(count: int, padding: int, shape: Sequence[int], *, with_mirrored: bool) -> Tensor:
-    """Where the rows of ``count`` padded images begin, without the corners of their windows, (count, C * H)."""
-    channels, height, width = shape
-    wide, tall = width + 2 * padding, height + 2 * padding
-    rows = (torch.arange(channels)[:, None] * tall + torch.arange(height)) * wide
-    return torch.arange(count)[:, None] * (channels * tall * wide * (1 + with_mirrored)) + rows.flatten()
-
-
-def windows(images: Tensor, padding: int, corners: Tensor, table: Tensor, with_mirrored: bool) -> Tensor:
-    """One window of each black-padded image or of its mirrored copy.
-
-    Every run of ``W`` bytes of the batch is a row of one view without memory, from which one selection of rows makes
-    all windows.
-
-    Args:
-        images: (B, C, H, W) uint8.
-        padding: on every side.
-        corners: of `window_corners`, (B,).
-        table: of `window_table`, for at least B images.
+        device: where the images are.
         with_mirrored: whether any window may be mirrored.
     """
-    padded = F.pad(images, (padding,) * 4) if padding else images
-    if with_mirrored:
-        padded = torch.stack([padded, padded.flip(3)], 1)
-    rows = (table[: len(images)] + corners[:, None]).flatten()
-    return padded.view(-1).unfold(0, images.shape[3], 1).index_select(0, rows).view(images.shape)
+
+    def __init__(
+        self, count: int, padding: int, shape: Sequence[int], device: torch.device, *, with_mirrored: bool
+    ) -> None:
+        channels, height, width = shape
+        tall, wide = height + 2 * padding, width + 2 * padding
+        self._frame = torch.zeros(count, 1 + with_mirrored, channels, tall, wide, dtype=torch.uint8, device=device)
+        self._inner = self._frame[..., padding : padding + height, padding : padding + width]
+        self._padding = padding
+        # Where each row of each image begins in the frame, as if its window began at the first byte.
+        rows = (torch.arange(channels)[:, None] * tall + torch.arange(height)) * wide
+        images = torch.arange(count)[:, None] * self._frame[:1].numel()
+        self._rows = (images + rows.flatten()).to(device, non_blocking=True)
+
+    def corners(self, offsets: Tensor, mirrored: Tensor | None) -> Tensor:
+        """Where windows begin, counted in bytes from the image's own first one, (N,).
+
+        Args:
+            offsets: row and column in the padded image, in [0, 2 * padding], (2, N).
+            mirrored: whether the window is mirrored, (N,); None: none is.
+        """
+        rows, columns = offsets[0], offsets[1]
+        wide = self._frame.shape[4]
+        if mirrored is None:
+            return rows * wide + columns
+        columns = torch.where(mirrored, 2 * self._padding - columns, columns)
+        return rows * wide + columns + mirrored * self._frame[:1, :1].numel()
+
+    def __call__(self, images: Tensor, corners: Tensor) -> Tensor:
+        """The windows at ``corners`` (B,) of uint8 images (B, C, H, W), of the same shape."""
+        count, width = len(images), images.shape[3]
+        self._inner[:count, 0] = images
+        if self._frame.shape[1] == 2:
+            self._inner[:count, 1] = images.flip(3)
+        rows = (self._rows[:count] + corners[:, None]).flatten()
+        return self._frame.view(-1).unfold(0, width, 1).index_select(0, rows).view(images.shape)
 
 
 def shifted(
@@ -230,7 +237,3 @@ def _moved_axis(offsets: Tensor, extent: int) -> tuple[Tensor, Tensor]:
     """For every image (B,) and position of one axis, where it is read from and whether that is inside: (B, extent)."""
     source = torch.arange(extent, device=offsets.device) + offsets[:, None]
     return source.clamp(0, extent - 1), (source >= 0) & (source < extent)
-
-
-def _sent(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)

@@ -17,11 +17,9 @@ from rlsearch.training.augmentation import (
     ORDER,
     VIEWS,
     EpochAugmentation,
+    Windows,
     random_offsets,
     random_stream,
-    window_corners,
-    window_table,
-    windows,
 )
 from rlsearch.training.data import ImageData, decoded
 from rlsearch.training.distributed import Group
@@ -89,10 +87,8 @@ class DeviceData(ImageBatches):
         """
         images = self._images.index_select(0, indices)
         if offsets is not None:
-            shape, place = images.shape[1:], offsets[:, indices]
-            corners = window_corners(place, torch.zeros_like(place[0], dtype=torch.bool), self.crop, shape)
-            table = window_table(len(indices), self.crop, shape, with_mirrored=False).to(self.device)
-            images = windows(images, self.crop, corners, table, with_mirrored=False)
+            windows = Windows(len(indices), self.crop, images.shape[1:], self.device, with_mirrored=False)
+            images = windows(images, windows.corners(offsets[:, indices], None))
         return self._normalised(images.flip(3) if flipped else images)
 
     def view_offsets(self, view: int, seed: int) -> Tensor | None:

@@ -59,7 +59,7 @@ def by_definition(data: ImageData, epoch: int, seed: int) -> Tensor:
     epoch=st.integers(0, 99),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_batches_are_bit_for_bit_as_defined(
     channels: int, height: int, width: int, flip: bool, crop: int, batch_size: int, epoch: int, seed: int
 ) -> None:

@@ -113,6 +113,20 @@ def test_a_changed_file_is_decoded_again(tmp_path: Path, cache: Path) -> None:
     assert picture(505).transpose(2, 0, 1).tobytes() in {image.tobytes() for image in everything}
 
 
+def test_a_file_changed_to_one_of_the_same_size_is_decoded_again(tmp_path: Path, cache: Path) -> None:
+    for number in range(8):
+        path = tmp_path / "set" / str(number % 2) / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(number), "BMP"))
+    settle(tmp_path / "set")
+    spec = DataSpec(f"imagefolder:{tmp_path / 'set'}")
+    first, size = load_data(spec), path.stat().st_size
+    path.write_bytes(encoded(picture(500), "BMP"))
+    os.utime(path, (time.time() - 30, time.time() - 30))
+    assert path.stat().st_size == size
+    assert not same(first, load_data(spec))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
