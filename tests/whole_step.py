@@ -64,6 +64,6 @@ def whole_step(
 
         cpu = torch.device("cpu")
         step = PlainStep(forward, optimizer, precision=training.precision, device=cpu)
-        train_epoch(step, batches(), optimizer, [1e-3, 1e-3], cpu)
+        train_epoch(step, batches(), optimizer, [1e-3, 1e-3])
     before, during = log.events[: starts[1]], log.events[starts[1] :]
     return peak_bytes(during, sum(num_bytes for _, num_bytes in before)), Sizes.of(model)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # torch is loaded by the process that trains, once
 
 _DETAIL_LINES = 12
 _REASON_LENGTH = 300
+# A checkpoint takes time and disk: so many times as long is trained before the next one.
+_SAVING_SHARE = 50
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class TrainingProcess:
         self._epochs: list[dict[str, Any]] = []
         self._note: str | None = None
         self._saved_at = time.monotonic()
+        self._saving_seconds = 0.0
 
     def step(self) -> dict[str, Any]:
         """One epoch."""
@@ -140,7 +143,7 @@ class TrainingProcess:
         if self._trial is None:
             self._trial = self._start()
         if not self._trial.done:
-            self._epochs.append(self._trial.run_epoch().to_dict() | {"packed": self._settings.packed})
+            self._epochs.append(self._trial.run_epoch(self._save_state).to_dict() | {"packed": self._settings.packed})
         if self._trial.done:
             self.save_result(Path(self._job.checkpoints))
             return self._result("COMPLETE", done=True, reason=self._note)
@@ -170,7 +173,8 @@ class TrainingProcess:
 
     def _save_state(self) -> None:
         """Writes a checkpoint once enough training is at stake."""
-        if time.monotonic() - self._saved_at < self._settings.checkpoint_seconds:
+        now = time.monotonic()
+        if now - self._saved_at < max(self._settings.checkpoint_seconds, _SAVING_SHARE * self._saving_seconds):
             return
         from rlsearch.training.checkpoint import save_checkpoint
 
@@ -179,6 +183,7 @@ class TrainingProcess:
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(folder / "last.pt", {"trial": self._trial.state_dict(), "epochs": self._epochs})
         self._saved_at = time.monotonic()
+        self._saving_seconds = self._saved_at - now
 
     def _result(self, state: str, *, done: bool, reason: str | None, detail: str | None = None) -> dict[str, Any]:
         metrics: Mapping[str, Any] = self._epochs[-1] if self._epochs else {}

@@ -122,10 +122,10 @@ class Group:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
-    def seed(self, seed: int, epoch: int) -> None:
-        """Starts torch's own random numbers (dropout draws from them) anew: others in every process and epoch, the same
-        after a resume."""
-        state = np.random.SeedSequence([seed, epoch, self.rank]).generate_state(1)
+    def seed(self, seed: int, epoch: int, step: int = 0) -> None:
+        """Starts torch's own random numbers (dropout draws from them) anew: others in every process and epoch, and
+        after a resume at a step."""
+        state = np.random.SeedSequence([seed, epoch, step, self.rank]).generate_state(1)
         torch.manual_seed(int(state[0]))
 
     def wrap(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,13 +135,17 @@ class TrainingInputs:
         """Bytes of the device's memory that stored features take."""
         return self._cache.store.num_bytes if self._cache and self._cache.store.tier == "device" else 0
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and labels of every step of an epoch; the images' order depends on seed and epoch alone."""
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels of every step of an epoch from ``start_step`` on; they depend on seed and epoch alone."""
         cache = self._cache
         if cache is None:
-            for images, labels, _ in self._data.train_batches(self._batch_size, epoch, self._seed):
+            for images, labels, _ in self._data.train_batches(self._batch_size, epoch, self._seed, start_step):
                 yield images, labels
             return
+        # Reading takes a hundredth of a step, and how features are shifted is drawn batch by batch.
+        yield from islice(self._stored_batches(cache, epoch), start_step, None)
+
+    def _stored_batches(self, cache: FeatureCache, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         data = self._in_memory
         generator = data.generator(self._seed, epoch)
         # Rows are looked up where the features lie.

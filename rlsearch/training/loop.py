@@ -193,38 +193,59 @@ class PlainStep:
         return loss.detach()
 
 
+@dataclass
+class Progress:
+    """An epoch under way, in this process.
+
+    Attributes:
+        steps: that were taken.
+        num_images: of them; where a batch is taken whole by several processes, each counts its share.
+        loss_sum: of the mean losses, each times its images; on the device until somebody asks.
+        seconds: that they took, until it was last saved.
+    """
+
+    steps: int = 0
+    num_images: float = 0.0
+    loss_sum: Tensor | float = 0.0
+    seconds: float = 0.0
+
+
 def train_epoch(
     step: Step,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     rates: Iterable[float],
-    device: torch.device,
+    progress: Progress | None = None,
     group: Group | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Pass:
-    """One pass over the training images.
+    """One pass over the training images, or what is left of it.
 
     Args:
         step: runs a batch forward and backward.
-        batches: inputs and labels (B,) of each step, on the device.
+        batches: inputs and labels (B,) of each step that is left, on the device.
         optimizer: over what still learns.
-        rates: the learning rate of each step.
-        device: where it all is.
+        rates: the learning rate of each step that is left.
+        progress: what was done of the epoch before; kept up to date.
         group: the processes that train together, where there are several: ``step`` runs what it has wrapped,
             ``batches`` are this process's parts, and what is returned is of all of them.
+        after_step: called after every step, when the model, the optimizer and ``progress`` go together.
 
     Raises:
         DivergedError: the loss is no longer finite (looked at once, after the pass).
     """
-    total = torch.zeros((), device=device)
-    num_images = 0.0
+    progress = progress or Progress()
     for (inputs, labels), rate in zip(batches, rates, strict=True):
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate * parameters[RATE_SCALE]
         images = len(labels) if group is None else group.now.images
-        total += step(inputs, labels) * images
+        progress.loss_sum = progress.loss_sum + step(inputs, labels) * images
         optimizer.step()
-        num_images += images
-    sums = [total.item(), num_images]
+        progress.num_images += images
+        progress.steps += 1
+        if after_step is not None:
+            after_step()
+    sums = [float(progress.loss_sum), progress.num_images]
     total_loss, num_images = sums if group is None else group.summed(*sums)
     mean = total_loss / num_images
     if not math.isfinite(mean):

@@ -36,6 +36,7 @@ from rlsearch.training.feature_inputs import TrainingInputs, check_features
 from rlsearch.training.image_batches import ImageBatches
 from rlsearch.training.loop import (
     PlainStep,
+    Progress,
     TrainingSpec,
     build_optimizer,
     evaluate,
@@ -77,7 +78,8 @@ class TrialSpec:
         """Plain types; two trials with equal ones give equal numbers on one machine."""
         return {
             "model": asdict(self.model),
-            "data": asdict(self.data),
+            # How many processes decode a stream changes no bit of it.
+            "data": {name: value for name, value in asdict(self.data).items() if name != "workers"},
             "training": asdict(self.training),
             "policy": self.policy.hash,
             "seed": self.seed,
@@ -183,6 +185,8 @@ class Trial:
             )
         self._wrapped: tuple[int, Callable[[Tensor], Tensor]] | None = None
         self._spending = Spending(self._costs, spec.policy)
+        self._progress = Progress()
+        self._started = 0.0
         self._step_memory = 0
         self._step = FasterStep(
             PlainStep(
@@ -219,15 +223,18 @@ class Trial:
         cache = self._inputs.cache
         return cache.store.tier if cache else None
 
-    def run_epoch(self) -> EpochMetrics:
-        """Trains one epoch, lets layers leave, and evaluates on the validation split.
+    def run_epoch(self, after_step: Callable[[], None] | None = None) -> EpochMetrics:
+        """Trains one epoch, or what is left of it, lets layers leave, and evaluates on the validation split.
+
+        Args:
+            after_step: called after every step, when `state_dict` may be asked for.
 
         Raises:
             DivergedError: a loss is no longer finite.
             OutOfMemoryError: the device has too little memory.
         """
         with self._memory_errors():
-            trained = self._train()
+            trained = self._train(after_step)
             with self._step.plain():
                 validation = evaluate(
                     self.model,
@@ -272,6 +279,7 @@ class Trial:
         return {
             "spec": self.spec.to_dict(),
             "epochs_done": self.epochs_done,
+            "progress": self._progress_now(),
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "dropper": self._dropper.state_dict() if self._dropper else None,
@@ -299,6 +307,7 @@ class Trial:
         self._optimizer.load_state_dict(state["optimizer"])
         self._spending.load_state_dict(state["sums"])
         self.epochs_done = state["epochs_done"]
+        self._progress = self._restored(Progress(**state["progress"]))
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
@@ -318,42 +327,63 @@ class Trial:
         model = json.dumps(asdict(self.spec.model), sort_keys=True)
         return _cost_model(model, self._data.input_shape, batch_size, self.spec.training.optimizer, self._precision)
 
-    def _train(self) -> _Epoch:
+    def _progress_now(self) -> dict[str, Any]:
+        """The epoch under way in plain numbers."""
+        progress = self._progress
+        if progress.steps:
+            now = self._now()
+            progress.seconds += now - self._started
+            self._started = now
+        return asdict(replace(progress, loss_sum=float(progress.loss_sum)))
+
+    def _restored(self, progress: Progress) -> Progress:
+        """This process's part of what the first one has saved: each counts an equal share of the images."""
+        batch_size, size = self.spec.training.batch_size, 1 if self._group is None else self._group.size
+        num_images = min(progress.steps * batch_size, self._data.num_train) / size
+        mean = progress.loss_sum / progress.num_images if progress.num_images else 0.0
+        if num_images == progress.num_images:
+            return progress
+        return replace(progress, num_images=num_images, loss_sum=mean * num_images)
+
+    def _train(self, after_step: Callable[[], None] | None = None) -> _Epoch:
         """One epoch of steps, and the cut after it."""
-        epoch = self.epochs_done
+        epoch, done = self.epochs_done, self._progress.steps
         training = self.spec.training
         # After a resume the cache is filled again; that was paid for before the interruption, and is not counted twice.
         self._inputs.follow_cut(training.epochs - epoch)
         rates = self._rates(epoch)
         cut, stored, num_learnable = self._cut, self._inputs.stored, learnable_params(self.model)
-        is_new = self._step.begin((cut, stored), self._inputs.num_steps * (training.epochs - epoch))
+        is_new = self._step.begin((cut, stored), self._inputs.num_steps * (training.epochs - epoch) - done)
         if is_new:
             predicted = self._spending.step_memory(self.model, cut, stored=stored)
             self._step_memory = predicted + self._inputs.stored_bytes
-        started = self._now()
+        self._started = self._now()
         if self._group is not None:
-            self._group.seed(self.spec.seed, epoch)
+            self._group.seed(self.spec.seed, epoch, done)
         if self._dropper:
             self._dropper.train_mode()
         else:
             self.model.train()
-        batches = self._inputs.batches(epoch)
+        batches = self._inputs.batches(epoch, done)
         if is_new and self.device.type == "cuda":
             batches = self._measured(batches)
-        result = train_epoch(self._step, batches, self._optimizer, rates, self.device, self._group)
+        arguments = self._step, batches, self._optimizer, rates[done:], self._progress
+        result = train_epoch(*arguments, self._group, after_step)
         if self._group is not None:
             self._step_memory = self._group.greatest(self._step_memory)
             self._group.share_buffers(self.model)
         if epoch == 0:
             self._spending.sums.memory = self._step_memory
         self.epochs_done += 1
+        self._spending.sums.train_seconds += self._progress.seconds
+        self._progress = Progress()
         self._spending.add_epoch(result.num_images, num_learnable, cut, stored=stored)
         if self._dropper and self._dropper.end_epoch():
             with self._step.plain():
                 work = self._inputs.follow_cut(training.epochs - self.epochs_done)
             if work is not None:
                 self._spending.add_cache(work)
-        self._spending.sums.train_seconds += self._now() - started
+        self._spending.sums.train_seconds += self._now() - self._started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
         return _Epoch(result.loss, rates[-1], self._step_memory, left)
 

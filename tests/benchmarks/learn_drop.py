@@ -80,7 +80,7 @@ class Setting:
         rates = [1e-3] * self.inputs.num_steps
         batches = self.inputs.batches(self.epoch)
         step = PlainStep(self.inputs.forward, self.optimizer, device=self.data.device)
-        train_epoch(step, batches, self.optimizer, rates, self.data.device)
+        train_epoch(step, batches, self.optimizer, rates)
         self.epoch += 1
 
     def read(self) -> None:

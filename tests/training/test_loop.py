@@ -61,7 +61,7 @@ def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def trained(model: nn.Module, batches: Any, optimizer: torch.optim.Optimizer, rates: list[float]) -> Pass:
-    return train_epoch(PlainStep(model, optimizer, device=CPU), batches, optimizer, rates, CPU)
+    return train_epoch(PlainStep(model, optimizer, device=CPU), batches, optimizer, rates)
 
 
 def test_training_learns_and_evaluation_counts() -> None:
