@@ -42,7 +42,7 @@ MODELS: list[tuple[str, dict[str, Any], int, int, str]] = [
 ]
 SMALL: list[tuple[str, dict[str, Any], int, int, str]] = [
     ("resnet32", {}, 16, 4, "layer1.3"),
-    ("vgg11_bn", {"small_head": True}, 32, 4, "features.18"),
+    ("vgg11_bn", {"small_head": True}, 32, 4, "features.22"),
     ("resnet18", {"small_stem": True}, 16, 4, "layer1.1"),
     ("vit_tiny", {"image_size": 16}, 16, 4, "encoder.layers.encoder_layer_5"),
     ("convnext_tiny", {}, 32, 2, "features.5.4"),
