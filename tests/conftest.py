@@ -39,7 +39,7 @@ BASELINE = {"accuracy": 0.9741, "params": 466_906, "memory": 61_400_000, "train_
 SAVED_PARAMS = {"layer1": 4_672, "layer2": 18_560, "layer3": 73_984}
 LAYERS = ("stem", *(f"layer{stage}.{index}" for stage in (1, 2, 3) for index in range(5)), "head")
 # These take all cores, and look at what is left of a cluster when it is gone.
-STARTS_RAY = ("cli/test_commands.py", "cli/test_search.py", "search/test_run.py")
+STARTS_RAY = ("cli/test_commands.py", "cli/test_search.py", "search/test_distributed_trial.py", "search/test_run.py")
 STARTED = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 
 

@@ -320,8 +320,9 @@ class Trial:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_shortage(error):
                 raise
-            told = "" if self._fit is None else f"; {self._fit.told()}"
-            raise OutOfMemoryError(first_line(error) + told) from error
+            # Our own words first: a table has no room for all that torch says.
+            told = first_line(error) if self._fit is None else f"{self._fit.told()} ({first_line(error)})"
+            raise OutOfMemoryError(told) from error
 
     def _costs_of(self, batch_size: int) -> CostModel:
         model = json.dumps(asdict(self.spec.model), sort_keys=True)

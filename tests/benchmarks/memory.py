@@ -26,7 +26,7 @@ from torch import Tensor
 from rlsearch import Policy, Replacement, TrainingSpec, apply_policy, build_model
 from rlsearch.replacement import Unit, mixing_parameters
 from rlsearch.training.cost import CostModel
-from rlsearch.training.loop import build_optimizer, train_epoch
+from rlsearch.training.loop import PlainStep, build_optimizer, train_epoch
 from rlsearch.training.memory_fit import library_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,7 +42,7 @@ MODELS: list[tuple[str, dict[str, Any], int, int, str]] = [
 ]
 SMALL: list[tuple[str, dict[str, Any], int, int, str]] = [
     ("resnet32", {}, 16, 4, "layer1.3"),
-    ("vgg11_bn", {"small_head": True}, 32, 4, "features.18"),
+    ("vgg11_bn", {"small_head": True}, 32, 4, "features.22"),
     ("resnet18", {"small_stem": True}, 16, 4, "layer1.1"),
     ("vit_tiny", {"image_size": 16}, 16, 4, "encoder.layers.encoder_layer_5"),
     ("convnext_tiny", {}, 32, 2, "features.5.4"),
@@ -74,7 +74,8 @@ def allocated(
             yield images, torch.zeros(shape[0], dtype=torch.int64, device=device)
 
     rates = [1e-3] * _STEPS
-    train_epoch(model, batches(), optimizer, rates, label_smoothing=0.0, precision=training.precision, device=device)
+    step = PlainStep(model, optimizer, precision=training.precision, device=device)
+    train_epoch(step, batches(), optimizer, rates)
     return torch.cuda.max_memory_allocated()
 
 

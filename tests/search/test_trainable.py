@@ -36,7 +36,7 @@ def start(tmp_path: Path, images: ImageData) -> Any:
 
     def make(job: Job, cls: type[TrialTrainable] = TrialTrainable, checkpoint_seconds: float = 0.0) -> TrialTrainable:
         settings = WorkerSettings(
-            str(tmp_path, packed=2), import_path=str(tmp_path), checkpoint_seconds=checkpoint_seconds
+            str(tmp_path), packed=2, import_path=str(tmp_path), checkpoint_seconds=checkpoint_seconds
         )
 
         class Here(cls):  # type: ignore[misc, valid-type]

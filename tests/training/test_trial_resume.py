@@ -264,3 +264,53 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, nursery: Nursery)
     assert [without_times(row) for row in rows] == [without_times(row) for row in expected]
     assert moves(rows) >= 3
     assert not list(out.glob("*.bin")), "the features of those that were killed are gone"
+
+
+@pytest.mark.parametrize(
+    ("score", "features", "replaced"),
+    [("grad_change", "stored", REPLACED), ("param_change_per_lr", "recompute", ()), ("schedule", "stored", ())],
+)
+def test_interrupted_at_any_step_it_ends_the_same(
+    digits: ImageData, tmp_path: Path, score: str, features: str, replaced: tuple[Replacement, ...]
+) -> None:
+    what = spec(score, features, replaced)
+    trial = trial_of(digits, what, tmp_path)
+    saved: list[tuple[int, Path]] = []
+
+    def save() -> None:
+        saved.append((trial.epochs_done, tmp_path / f"{len(saved)}.pt"))
+        save_checkpoint(saved[-1][1], trial.state_dict())
+
+    rows = []
+    while not trial.done:
+        rows.append(without_times(trial.run_epoch(save)))
+    assert moves(rows) > 0
+    assert len(saved) == EPOCHS * trial._inputs.num_steps
+    for epoch, path in saved[1::5]:
+        again = trial_of(digits, what, tmp_path, path)
+        steps: list[int] = []
+        assert [without_times(again.run_epoch(lambda steps=steps: steps.append(1)))] == rows[epoch : epoch + 1]
+        assert len(steps) == (epoch + 1) * trial._inputs.num_steps - 1 - saved.index((epoch, path))
+        while not again.done:
+            assert without_times(again.run_epoch()) == rows[again.epochs_done - 1]
+        ours, theirs = again.state_dict(), trial.state_dict()
+        del ours["sums"]["train_seconds"], theirs["sums"]["train_seconds"]
+        assert same(ours, theirs)
+
+
+def test_the_time_before_an_interruption_within_an_epoch_counts_once(digits: ImageData, tmp_path: Path) -> None:
+    trial = trial_of(digits, spec(), tmp_path)
+    states: list[State] = []
+
+    def wait() -> None:
+        time.sleep(0.1)
+        states.append(trial.state_dict())
+        states.append(trial.state_dict())  # asking twice counts nothing twice
+
+    straight = trial.run_epoch(wait).train_seconds
+    steps = trial._inputs.num_steps
+    assert [state["progress"]["steps"] for state in states[::2]] == list(range(1, steps + 1))
+    assert 0.1 * steps <= straight < 0.1 * steps + 3
+    again = trial_of(digits, spec(), tmp_path)
+    again.load_state_dict(states[-1])
+    assert again.run_epoch().train_seconds >= 0.1 * steps
