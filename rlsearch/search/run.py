@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+import torch
 from ray import tune
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.study import RunStudy
+from rlsearch.training.loop import slow_precision
 
 __all__ = ["SearchResult", "resume_search", "start_search"]
 
@@ -121,10 +123,14 @@ def _slots(prepared: Prepared, address: str, console: Console) -> Slots:
     # Without a GPU nobody asks for memory, and costing the largest training takes a second or two.
     largest = largest_memory(prepared.policies, prepared.costs) if resources.get("GPU") and asked.gpu != 0 else 0
     slots = plan_slots(asked.cpu, asked.gpu, largest + prepared.data_bytes, resources, gpu_bytes, most, asked.workers)
-    note, warning = sharing_note(slots, largest, gpu_bytes), timing_warning(prepared.space)
+    note = sharing_note(slots, largest, gpu_bytes)
     if note is not None:
         console.print(note)
-    if warning is not None and slots.sharing > 1:
+    device = torch.device("cuda" if slots.gpu else "cpu")
+    warnings = [slow_precision(prepared.space.training.precision, device)]
+    if slots.sharing > 1:
+        warnings.append(timing_warning(prepared.space))
+    for warning in filter(None, warnings):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     return slots
 

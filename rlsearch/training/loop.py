@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlsearch.errors import DivergedError, Problem, suggestion
+from rlsearch.errors import ConfigError, DivergedError, Problem, suggestion
 from rlsearch.training.distributed import Group
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -78,17 +78,30 @@ class TrainingSpec:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16`` for a device: ``auto`` takes bf16 only where it is both fast and known to hold accuracy.
+    """``fp32`` or ``bf16`` for a device: ``auto`` takes bf16 where the device computes in it.
 
-    A CPU without instructions for bf16 computes in it too, ten times slower than in float32.
+    Raises:
+        ConfigError: bf16 is asked for, and the GPU lacks it.
     """
-    if precision != "auto":
-        return precision
+    if precision == "auto":
+        return "bf16" if _has_bf16(device) else "fp32"
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.is_available() and not _has_bf16(device):
+        message = f"{torch.cuda.get_device_name(device)} does not compute in bf16; use auto or fp32"
+        raise ConfigError([Problem("training.precision", message)], "training")
+    return precision
+
+
+def slow_precision(precision: str, device: torch.device) -> str | None:
+    """What to warn of where a precision is only imitated by the device; else None."""
+    if precision != "bf16" or device.type == "cuda" or _has_bf16(device):
+        return None
+    return "training.precision: this CPU only imitates bf16, and takes about ten times as long; use auto or fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -42,6 +43,7 @@ from rlsearch.training.loop import (
     evaluate,
     learning_rate,
     resolve_precision,
+    slow_precision,
     train_epoch,
 )
 from rlsearch.training.memory_fit import MemoryFit
@@ -49,6 +51,8 @@ from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
 from rlsearch.training.spending import Spending
 from rlsearch.training.stream_data import open_images
+
+_LOG = logging.getLogger(__name__)
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
@@ -158,6 +162,8 @@ class Trial:
         check_features(spec.policy.learn_drop, data)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
+        if (warning := slow_precision(training.precision, self.device)) is not None:
+            _LOG.warning(warning)
         self._fit: MemoryFit | None = None
         with self._memory_errors():
             self._data = data if isinstance(data, ImageBatches) else open_images(data, self.device, group)

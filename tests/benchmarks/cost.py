@@ -59,12 +59,8 @@ def random_policy(model: torch.nn.Module, units: list[Unit], source: random.Rand
     return policy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="60 policies")
-    parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
-    options = parser.parse_args()
-    count = 60 if options.quick else 1000
+def costing_times(count: int) -> tuple[list[Policy], float, list[float], list[float]]:
+    """The policies, and milliseconds: of the first call for the model, of each policy, and of each once more."""
     with torch.device("meta"):
         model = build_model(MODEL)
     units = find_units(model, torch.empty(2, *SHAPE, device="meta"))
@@ -77,8 +73,16 @@ def main() -> None:
         return 1e3 * (time.process_time() - started)
 
     first = timed(Policy())
-    times = [timed(policy) for policy in policies]
-    again = [timed(policy) for policy in policies]
+    return policies, first, [timed(policy) for policy in policies], [timed(policy) for policy in policies]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="60 policies")
+    parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
+    options = parser.parse_args()
+    count = 60 if options.quick else 1000
+    policies, first, times, again = costing_times(count)
     print(f"{MODEL}, {count} policies of {statistics.median(len(p.replacements) for p in policies):g} replacements")
     print(f"{'first call':<24} {first:>10.0f} ms")
     parts = [

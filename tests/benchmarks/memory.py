@@ -95,15 +95,8 @@ def peak(
     return whole_step(lambda: build_model(name, **kwargs), policy, shape, training, units)[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="on the CPU, at small sizes")
-    parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
-    options = parser.parse_args()
-    on_cuda = not options.quick
-    if on_cuda and not torch.cuda.is_available():
-        print("skipped: there is no CUDA device; --quick measures the storages of a step on the CPU instead")
-        return
+def measured_errors(*, on_cuda: bool) -> dict[str, list[float]]:
+    """Relative errors of every prediction, signs left out; on the CPU at small sizes."""
     libraries = library_bytes(torch.device("cuda" if on_cuda else "cpu"))
     print("measured: " + ("torch's CUDA allocator" if on_cuda else "the storages of a real step on the CPU, no CUDA"))
     errors: dict[str, list[float]] = {}
@@ -128,6 +121,19 @@ def main() -> None:
                     f"{100 * error:+.2f} %, with libraries {100 * with_libraries:+.2f} %",
                     flush=True,
                 )
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="on the CPU, at small sizes")
+    parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
+    options = parser.parse_args()
+    on_cuda = not options.quick
+    if on_cuda and not torch.cuda.is_available():
+        print("skipped: there is no CUDA device; --quick measures the storages of a step on the CPU instead")
+        return
+    errors = measured_errors(on_cuda=on_cuda)
     figures = {f"{key}_median": statistics.median(values) for key, values in errors.items()}
     figures |= {f"{key}_worst": max(values) for key, values in errors.items()}
     for key, value in figures.items():

@@ -9,6 +9,9 @@ NCHW) and a `Trial` as a search runs it. A round's figure is the ratio of the tw
 each seed's first round, in which libraries warm up, counts for neither. Accuracy is on test images, after the last
 epoch.
 
+`cost.py` gives how long a policy of ResNet-56 takes to be costed, and on a GPU `memory.py` how far the predicted memory
+is from the measured.
+
 Where there is a GPU: the same beside the plain loop on it; what share of the card's peak in bf16 a ResNet-18 with a
 small stem reaches (128 and 512 images a step; FLOPs as torch counts them, forward and backward); and the time from the
 first step to 94 % on CIFAR-10's test images.
@@ -27,6 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from cost import costing_times
+from memory import measured_errors
+from plain_loop import PlainTraining
 
 from rlsearch import DataSpec, ModelSpec, TrainingSpec, build_model
 from rlsearch.policy import LearnDrop, Policy, Replacement
@@ -67,8 +73,6 @@ def against_plain(
     spec: DataSpec, data: ImageData, test: ImageSplit, name: str, training: TrainingSpec, seeds: int, device: str
 ) -> dict[str, Any]:
     """Ratios of the epochs' times, and both accuracies of every seed."""
-    from plain_loop import PlainTraining
-
     ratios, found = [], {"plain": [], "ours": []}
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -177,6 +181,10 @@ def main() -> None:
     print(f"{'test accuracy, plain':<44} {mean_sd(on_cpu['plain'])}")
     print(f"{'test accuracy, ours':<44} {mean_sd(on_cpu['ours'])}")
     print(f"{'from a policy to its first step, s':<44} {spread(warm, 3)}")
+    _, _, milliseconds, _ = costing_times(20 if quick else 1000)
+    figures |= {"estimate_cost_ms": statistics.median(milliseconds), "estimate_cost_ms_max": max(milliseconds)}
+    figures["memory_error_median"] = None
+    print(f"{'costing a policy, ms':<44} {spread(milliseconds, 1)}")
     if torch.cuda.is_available() or quick:
         figures |= gpu_figures(options.data, quick)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -216,7 +224,10 @@ def gpu_figures(folder: Path | None, quick: bool) -> dict[str, Any]:
         print(f"{'18 epochs of ResNet-18: seconds, accuracy':<44} {seconds:.1f}, {reached:.2f} %")
         print(f"{'published for airbench on an A100, 94 %':<44} {AIRBENCH_SECONDS}")
         figures |= {"seconds_to_94": seconds, "accuracy_reached": reached}
-    if device == "cpu":
+    if device == "cuda":
+        errors = measured_errors(on_cuda=True)["memory_error"]
+        figures |= {"memory_error_median": statistics.median(errors), "memory_error_worst": max(errors)}
+    else:
         figures["gpu_parts_ran_on"] = "cpu"
         figures["gpu_epoch_speedup"] = None  # there is no GPU
     return figures

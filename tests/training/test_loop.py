@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rlsearch.config import from_mapping
-from rlsearch.errors import DivergedError, Problem
+from rlsearch.errors import ConfigError, DivergedError, Problem
 from rlsearch.training.loop import (
     Pass,
     PlainStep,
@@ -21,6 +22,7 @@ from rlsearch.training.loop import (
     evaluate,
     learning_rate,
     resolve_precision,
+    slow_precision,
     train_epoch,
 )
 
@@ -106,8 +108,22 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
 
 
 def test_precision_on_the_cpu() -> None:
-    assert resolve_precision("auto", CPU) == "fp32"
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    has_bf16 = "avx512_bf16" in flags or "amx_tile" in flags
+    assert resolve_precision("auto", CPU) == ("bf16" if has_bf16 else "fp32")
     assert resolve_precision("bf16", CPU) == "bf16"
+    assert slow_precision("fp32", CPU) is slow_precision("auto", CPU) is None
+    assert (slow_precision("bf16", CPU) is None) == has_bf16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_precision_on_a_gpu() -> None:
+    cuda = torch.device("cuda")
+    expected = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    assert resolve_precision("auto", cuda) == expected
+    if expected == "fp32":
+        with pytest.raises(ConfigError, match="does not compute in bf16"):
+            resolve_precision("bf16", cuda)
 
 
 def test_ranges_of_the_settings() -> None:
