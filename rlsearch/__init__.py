@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rlsearch.training.loop import TrainingSpec
     from rlsearch.training.metrics import EpochMetrics
     from rlsearch.training.models import build_model
-    from rlsearch.training.trial import TrialSpec, run_trial
+    from rlsearch.training.trial import run_trial
+    from rlsearch.training.trial_spec import TrialSpec
 
 _LAZY = {
     "Dropper": "rlsearch.learn_drop",
@@ -37,7 +38,7 @@ _LAZY = {
     "TrainingSpec": "rlsearch.training.loop",
     "EpochMetrics": "rlsearch.training.metrics",
     "build_model": "rlsearch.training.models",
-    "TrialSpec": "rlsearch.training.trial",
+    "TrialSpec": "rlsearch.training.trial_spec",
     "run_trial": "rlsearch.training.trial",
 }
 

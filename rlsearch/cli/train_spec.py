@@ -17,7 +17,7 @@ from rlsearch.search.yaml_file import override
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.loop import TrainingSpec
 from rlsearch.training.models import build_spec, default_image_size
-from rlsearch.training.trial import TrialSpec
+from rlsearch.training.trial_spec import TrialSpec
 
 _COMMAND = "rlsearch train"
 _LEARN_DROP = "--learn-drop"

@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # torch is loaded by the processes that train, once
     from pathlib import Path
 
     from rlsearch.training.data import ImageData
-    from rlsearch.training.trial import Trial, TrialSpec
+    from rlsearch.training.trial import Trial
+    from rlsearch.training.trial_spec import TrialSpec
 
 # On one machine the processes talk over its loopback interface alone.
 _LOOPBACK = "127.0.0.1"

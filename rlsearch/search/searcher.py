@@ -22,7 +22,7 @@ from rlsearch.search.scheduler import Racing
 from rlsearch.search.space import SearchSpace
 from rlsearch.search.study import PlannedTrial, RunStudy
 from rlsearch.search.worker import Job
-from rlsearch.training.trial import TrialSpec
+from rlsearch.training.trial_spec import TrialSpec
 
 _DETAIL_LINES = 12
 _REASON_LENGTH = 250

@@ -24,7 +24,8 @@ from rlsearch.search.outcome import Outcome
 if TYPE_CHECKING:  # torch is loaded by the process that trains, once
     from rlsearch.training.data import ImageData
     from rlsearch.training.image_batches import ImageBatches
-    from rlsearch.training.trial import Trial, TrialSpec
+    from rlsearch.training.trial import Trial
+    from rlsearch.training.trial_spec import TrialSpec
 
 _DETAIL_LINES = 12
 _REASON_LENGTH = 300

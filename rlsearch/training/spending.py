@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
-from rlsearch.policy import Policy
+from rlsearch.policy import ModelSpec, Policy
 from rlsearch.training.cost import CostModel
 from rlsearch.training.feature_inputs import CacheWork
+from rlsearch.training.models import build_spec
 from rlsearch.training.sizes import Sizes
 
 
@@ -87,3 +92,20 @@ class Spending:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts the sums back."""
         self.sums = _Sums(**state)
+
+
+def costs_of(
+    model: ModelSpec, input_shape: Sequence[int], batch_size: int, optimizer: str, precision: str
+) -> CostModel:
+    """The costs of a model by its description, nothing allocated.
+
+    They are the same for every trial of a search: a process that runs many of them looks once.
+    """
+    return _costs_of(json.dumps(asdict(model), sort_keys=True), tuple(input_shape), batch_size, optimizer, precision)
+
+
+@lru_cache(maxsize=8)
+def _costs_of(model: str, input_shape: tuple[int, ...], batch_size: int, optimizer: str, precision: str) -> CostModel:
+    with torch.device("meta"):
+        untouched = build_spec(replace(ModelSpec(**json.loads(model)), weights=None))
+    return CostModel(untouched, input_shape, batch_size, optimizer, precision)

@@ -9,19 +9,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlsearch.errors import ConfigError, DivergedError, OutOfMemoryError, Problem, UserError
+from rlsearch.errors import DivergedError, OutOfMemoryError, UserError
 from rlsearch.learn_drop import Dropper
 from rlsearch.learn_drop.feature_store import first_line, is_shortage
 from rlsearch.model_graph import outermost
-from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import (
     SurgeryReport,
     apply_policy,
@@ -30,15 +28,14 @@ from rlsearch.replacement import (
 )
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.cost import CostModel
-from rlsearch.training.data import DataSpec, ImageData, load_data
+from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.distributed import Group, largest_share
-from rlsearch.training.faster_step import PLAIN_STEPS, FasterStep
+from rlsearch.training.faster_step import FasterStep
 from rlsearch.training.feature_inputs import TrainingInputs, check_features
 from rlsearch.training.image_batches import ImageBatches
 from rlsearch.training.loop import (
     PlainStep,
     Progress,
-    TrainingSpec,
     build_optimizer,
     evaluate,
     learning_rate,
@@ -49,45 +46,15 @@ from rlsearch.training.loop import (
 from rlsearch.training.memory_fit import MemoryFit
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.models import build_spec
-from rlsearch.training.spending import Spending
+from rlsearch.training.peak_memory import PeakMemory
+from rlsearch.training.spending import Spending, costs_of
 from rlsearch.training.stream_data import open_images
+from rlsearch.training.trial_spec import TrialSpec
 
 _LOG = logging.getLogger(__name__)
 
 # Evaluation has no backward pass, so that larger batches fit and save time. An export measures again with the same one.
 EVALUATION_BATCH = 512
-# Steps before the peak of memory counts: the first ones let libraries choose their kernels.
-_WARMUP_STEPS = 3
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """Everything that decides a trial's result.
-
-    Attributes:
-        model: what is trained.
-        data: on what.
-        training: how.
-        policy: with what replaced, and what dropped when.
-        seed: of the initial weights and of the order and augmentation of the images.
-    """
-
-    model: ModelSpec
-    data: DataSpec
-    training: TrainingSpec = field(default_factory=TrainingSpec)
-    policy: Policy = field(default_factory=Policy)
-    seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types; two trials with equal ones give equal numbers on one machine."""
-        return {
-            "model": asdict(self.model),
-            # How many processes decode a stream changes no bit of it.
-            "data": {name: value for name, value in asdict(self.data).items() if name != "workers"},
-            "training": asdict(self.training),
-            "policy": self.policy.hash,
-            "seed": self.seed,
-        }
 
 
 def run_trial(
@@ -158,7 +125,7 @@ class Trial:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.epochs_done = 0
         data = data if data is not None else load_data(spec.data)
-        _check_classes(spec, data.name, data.num_classes)
+        spec.check_classes(data.name, data.num_classes)
         check_features(spec.policy.learn_drop, data)
         training = spec.training
         self._precision = resolve_precision(training.precision, self.device)
@@ -193,7 +160,7 @@ class Trial:
         self._spending = Spending(self._costs, spec.policy)
         self._progress = Progress()
         self._started = 0.0
-        self._step_memory = 0
+        self._peak = PeakMemory(self.device, self._data.num_bytes)
         self._step = FasterStep(
             PlainStep(
                 self._forward,
@@ -331,8 +298,8 @@ class Trial:
             raise OutOfMemoryError(told) from error
 
     def _costs_of(self, batch_size: int) -> CostModel:
-        model = json.dumps(asdict(self.spec.model), sort_keys=True)
-        return _cost_model(model, self._data.input_shape, batch_size, self.spec.training.optimizer, self._precision)
+        optimizer = self.spec.training.optimizer
+        return costs_of(self.spec.model, self._data.input_shape, batch_size, optimizer, self._precision)
 
     def _progress_now(self) -> dict[str, Any]:
         """The epoch under way in plain numbers."""
@@ -361,9 +328,6 @@ class Trial:
         rates = self._rates(epoch)
         cut, stored, num_learnable = self._cut, self._inputs.stored, learnable_params(self.model)
         is_new = self._step.begin((cut, stored), self._inputs.num_steps * (training.epochs - epoch) - done)
-        if is_new:
-            predicted = self._spending.step_memory(self.model, cut, stored=stored)
-            self._step_memory = predicted + self._inputs.stored_bytes
         self._started = self._now()
         if self._group is not None:
             self._group.seed(self.spec.seed, epoch, done)
@@ -372,15 +336,16 @@ class Trial:
         else:
             self.model.train()
         batches = self._inputs.batches(epoch, done)
-        if is_new and self.device.type == "cuda":
-            batches = self._measured(batches)
+        if is_new:
+            predicted = self._spending.step_memory(self.model, cut, stored=stored)
+            batches = self._peak.watched(batches, predicted + self._inputs.stored_bytes)
         arguments = self._step, batches, self._optimizer, rates[done:], self._progress
         result = train_epoch(*arguments, self._group, after_step)
         if self._group is not None:
-            self._step_memory = self._group.greatest(self._step_memory)
+            self._peak.num_bytes = self._group.greatest(self._peak.num_bytes)
             self._group.share_buffers(self.model)
         if epoch == 0:
-            self._spending.sums.memory = self._step_memory
+            self._spending.sums.memory = self._peak.num_bytes
         self.epochs_done += 1
         self._spending.sums.train_seconds += self._progress.seconds
         self._progress = Progress()
@@ -392,7 +357,7 @@ class Trial:
                 self._spending.add_cache(work)
         self._spending.sums.train_seconds += self._now() - self._started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
-        return _Epoch(result.loss, rates[-1], self._step_memory, left)
+        return _Epoch(result.loss, rates[-1], self._peak.num_bytes, left)
 
     def _forward(self, inputs: Tensor) -> Tensor:
         """From a batch's inputs to logits; with several processes through what brings their gradients together."""
@@ -421,25 +386,6 @@ class Trial:
             for step in range(epoch * steps, (epoch + 1) * steps)
         ]
 
-    def _measured(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the first epoch of steps of one kind; what the first plain ones take at most is noted.
-
-        The peak counts anew once some steps have warmed the allocator up, and at the first step, so that an epoch of
-        few does not report what came before it. No step waits for this.
-        """
-        step = -1
-        for step, batch in enumerate(batches):
-            if step in (0, _WARMUP_STEPS):
-                torch.cuda.reset_peak_memory_stats(self.device)
-            if step == PLAIN_STEPS:
-                self._note_peak()
-            yield batch
-        if step < PLAIN_STEPS:
-            self._note_peak()
-
-    def _note_peak(self) -> None:
-        self._step_memory = torch.cuda.max_memory_allocated(self.device) - self._data.num_bytes
-
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -454,17 +400,3 @@ class Trial:
         return Dropper(
             self.model, self._optimizer, self.spec.training.epochs, settings, report=report, units=units, agree=agree
         )
-
-
-def _check_classes(spec: TrialSpec, name: str, num_classes: int) -> None:
-    if spec.model.num_classes != num_classes:
-        message = f"is {spec.model.num_classes}, but the data {name!r} have {num_classes} classes"
-        raise ConfigError([Problem("model.num_classes", message)], "trial")
-
-
-@lru_cache(maxsize=8)
-def _cost_model(model: str, input_shape: tuple[int, ...], batch_size: int, optimizer: str, precision: str) -> CostModel:
-    """Costs are the same for every trial of a search: a worker that runs many of them looks once."""
-    with torch.device("meta"):
-        untouched = build_spec(replace(ModelSpec(**json.loads(model)), weights=None))
-    return CostModel(untouched, input_shape, batch_size, optimizer, precision)

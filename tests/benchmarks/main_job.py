@@ -45,7 +45,7 @@ from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace, load_space
 from rlsearch.search.trainable import TrialTrainable
 from rlsearch.training.metrics import EpochMetrics
-from rlsearch.training.trial import TrialSpec
+from rlsearch.training.trial_spec import TrialSpec
 
 PROJECT = Path(__file__).resolve().parents[2]
 SPACE = PROJECT / "search_spaces" / "digits_resnet32.yaml"

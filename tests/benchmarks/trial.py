@@ -39,7 +39,8 @@ from rlsearch.policy import LearnDrop, Policy, Replacement
 from rlsearch.training.data import ImageData, ImageSplit, load_data, load_test
 from rlsearch.training.device_data import DeviceData
 from rlsearch.training.loop import evaluate
-from rlsearch.training.trial import EVALUATION_BATCH, Trial, TrialSpec
+from rlsearch.training.trial import EVALUATION_BATCH, Trial
+from rlsearch.training.trial_spec import TrialSpec
 
 # Dense bf16 peaks in TFLOP/s, as the maker's data sheets give them.
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "4090": 165.0}

@@ -14,7 +14,7 @@ from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
 from rlsearch.search.trainable import Job, TrialTrainable, WorkerSettings
 from rlsearch.training.data import DataSpec, load_data
 from rlsearch.training.loop import TrainingSpec
-from rlsearch.training.trial import TrialSpec
+from rlsearch.training.trial_spec import TrialSpec
 
 MODEL = ModelSpec("tiny_net:make")
 DATA = DataSpec("digits", limit=40)

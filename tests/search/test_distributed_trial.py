@@ -27,7 +27,8 @@ from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.worker import WorkerSettings
 from rlsearch.training.data import ImageData
 from rlsearch.training.models import build_model
-from rlsearch.training.trial import Trial, TrialSpec
+from rlsearch.training.trial import Trial
+from rlsearch.training.trial_spec import TrialSpec
 
 # Ray leaves its own sockets and log files to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

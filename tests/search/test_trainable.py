@@ -14,7 +14,8 @@ from rlsearch.search.worker import Job, WorkerSettings
 from rlsearch.training.checkpoint import load_checkpoint, load_weights
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.loop import TrainingSpec
-from rlsearch.training.trial import Trial, TrialSpec
+from rlsearch.training.trial import Trial
+from rlsearch.training.trial_spec import TrialSpec
 
 MODEL = ModelSpec("resnet20")
 DATA = DataSpec("digits", limit=120)

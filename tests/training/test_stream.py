@@ -33,7 +33,8 @@ from rlsearch.training.encoded_images import Shard, ShardImages
 from rlsearch.training.image_stream import StreamSplit, epoch_order
 from rlsearch.training.loop import TrainingSpec
 from rlsearch.training.stream_data import StreamData, open_images
-from rlsearch.training.trial import Trial, TrialSpec
+from rlsearch.training.trial import Trial
+from rlsearch.training.trial_spec import TrialSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,6 +16,7 @@ from rlsearch.training import trial as trial_module
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
 from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.loop import Pass
+from rlsearch.training.peak_memory import PeakMemory
 from rlsearch.training.storages import Storages, peak_bytes
 from rlsearch.training.trial import Trial
 
@@ -237,6 +238,7 @@ def test_on_cuda_each_epoch_has_a_peak_of_its_own(digits: ImageData, monkeypatch
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
     trial.device = torch.device("cuda")
+    trial._peak = PeakMemory(trial.device, trial._data.num_bytes)
     assert [trial._train().step_memory for _ in range(3)] == [
         peak - trial._data.num_bytes for peak in (9_000_000, 7_000_000, 5_000_000)
     ]
