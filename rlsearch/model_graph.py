@@ -169,10 +169,14 @@ class _Tracer(fx.Tracer):
 
 def _trace(model: nn.Module, unit_names: Sequence[str]) -> fx.Graph:
     opened = {name.rsplit(".", depth)[0] for name in unit_names for depth in range(1, name.count(".") + 1)}
+    tracer = _Tracer(opened)
     try:
-        traced = fx.GraphModule(model, _Tracer(opened).trace(model))
+        traced = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:  # tracing runs the user's own forward, which may fail in any way
         raise ModelError(f"the forward pass of {type(model).__name__} cannot be traced: {error}") from error
+    finally:
+        # The functions that it traced with hold it in cycles: a model must go when its last user does.
+        tracer.__dict__.clear()
     graph = traced.graph
     graph.eliminate_dead_code()
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]

@@ -43,7 +43,8 @@ class WorkerSettings:
         gpu: the share of a GPU that a process may use; 0 trains on the CPU.
         packed: how many trials may train on one device at once.
         import_path: where the driver runs, for a user's own ``package.module:factory``.
-        checkpoint_seconds: training time between two checkpoints; shorter trials write none.
+        checkpoint_seconds: training time between two checkpoints, more where one takes long to write; shorter trials
+            write none; 0 writes one after every step.
         workers: how many processes train one trial together.
         cpu: the CPU cores that each of them is counted as.
     """
@@ -174,8 +175,8 @@ class TrainingProcess:
 
     def _save_state(self) -> None:
         """Writes a checkpoint once enough training is at stake."""
-        now = time.monotonic()
-        if now - self._saved_at < max(self._settings.checkpoint_seconds, _SAVING_SHARE * self._saving_seconds):
+        now, pause = time.monotonic(), self._settings.checkpoint_seconds
+        if pause and now - self._saved_at < max(pause, _SAVING_SHARE * self._saving_seconds):
             return
         from rlsearch.training.checkpoint import save_checkpoint
 

@@ -63,7 +63,7 @@ class LayerCost:
         forward_flops: floating-point operations of the forward pass of one training image.
         step_flops: the same, forward and backward.
         saved: bytes that it saves for its backward pass, its output with them where that is saved.
-        held: bytes of its parameters and buffers, their gradients and the optimizer's state.
+        held: bytes of its parameters and buffers and the optimizer's state; gradients come as what is saved goes.
     """
 
     name: str
@@ -199,7 +199,7 @@ class CostModel:
                     forward_flops=forward,
                     step_flops=step,
                     saved=cost.interior_bytes + cost.output_bytes * (is_kept and not cost.is_identity),
-                    held=size.fixed_bytes + size.learnable_bytes + self._state_bytes(size),
+                    held=size.fixed_bytes + self._state_bytes(size),
                 )
             )
         return tuple(found)

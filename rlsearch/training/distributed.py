@@ -149,6 +149,31 @@ class Group:
         return int(tensor.item())
 
 
+class GroupForward:
+    """A forward pass whose backward pass gives every process the batch's mean gradient, whatever of the model learns.
+
+    Args:
+        group: the processes.
+        model: holds the parameters.
+        forward: as in `Group.wrap`.
+    """
+
+    def __init__(self, group: Group, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        self._group = group
+        self._model = model
+        self._forward = forward
+        self._wrapped: Callable[[Tensor], Tensor] | None = None
+        self._learning: list[bool] = []
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """From this process's part of a batch to logits."""
+        learning = [parameter.requires_grad for parameter in self._model.parameters()]
+        if self._wrapped is None or learning != self._learning:
+            self._wrapped = None  # its hooks on the parameters go before new ones come
+            self._wrapped, self._learning = self._group.wrap(self._model, self._forward), learning
+        return self._wrapped(inputs)
+
+
 class _Forward(nn.Module):
     """A function as a module, with its share's weight on the gradient.
 

@@ -95,7 +95,7 @@ class Spending:
 
 
 def costs_of(
-    model: ModelSpec, input_shape: Sequence[int], batch_size: int, optimizer: str, precision: str
+    model: ModelSpec, batch_size: int, input_shape: Sequence[int], optimizer: str, precision: str
 ) -> CostModel:
     """The costs of a model by its description, nothing allocated.
 

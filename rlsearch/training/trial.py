@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlsearch.errors import DivergedError, OutOfMemoryError, UserError
 from rlsearch.learn_drop import Dropper
@@ -27,9 +26,8 @@ from rlsearch.replacement import (
     mixing_parameters,
 )
 from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
-from rlsearch.training.cost import CostModel
 from rlsearch.training.data import ImageData, load_data
-from rlsearch.training.distributed import Group, largest_share
+from rlsearch.training.distributed import Group, GroupForward, largest_share
 from rlsearch.training.faster_step import FasterStep
 from rlsearch.training.feature_inputs import TrainingInputs, check_features
 from rlsearch.training.image_batches import ImageBatches
@@ -138,8 +136,15 @@ class Trial:
             self.model = build_spec(spec.model)
             num_images = min(training.batch_size, self._data.num_train)
             size = 1 if group is None else group.size
-            self._costs = self._costs_of(largest_share(training.batch_size, size))
-            self._fit = MemoryFit(self._costs_of, spec.policy, largest_share(num_images, size), self.device)
+            settings = self._data.input_shape, training.optimizer, self._precision
+            self._costs = costs_of(spec.model, largest_share(training.batch_size, size), *settings)
+            self._fit = MemoryFit(
+                # Nothing may refer back to the trial: its memory is to go when it goes.
+                lambda batch_size: costs_of(spec.model, batch_size, *settings),
+                spec.policy,
+                largest_share(num_images, size),
+                self.device,
+            )
             self._fit.check()
             report = apply_policy(self.model, spec.policy, units=self._costs.units)
             self.model.to(self.device).to(memory_format=torch.channels_last)
@@ -156,14 +161,13 @@ class Trial:
                 run=json.dumps(spec.to_dict(), sort_keys=True),
                 group=group,
             )
-        self._wrapped: tuple[int, Callable[[Tensor], Tensor]] | None = None
         self._spending = Spending(self._costs, spec.policy)
         self._progress = Progress()
         self._started = 0.0
         self._peak = PeakMemory(self.device, self._data.num_bytes)
         self._step = FasterStep(
             PlainStep(
-                self._forward,
+                self._inputs.forward if group is None else GroupForward(group, self.model, self._inputs.forward),
                 self._optimizer,
                 label_smoothing=training.label_smoothing,
                 precision=self._precision,
@@ -297,10 +301,6 @@ class Trial:
             told = first_line(error) if self._fit is None else f"{self._fit.told()} ({first_line(error)})"
             raise OutOfMemoryError(told) from error
 
-    def _costs_of(self, batch_size: int) -> CostModel:
-        optimizer = self.spec.training.optimizer
-        return costs_of(self.spec.model, self._data.input_shape, batch_size, optimizer, self._precision)
-
     def _progress_now(self) -> dict[str, Any]:
         """The epoch under way in plain numbers."""
         progress = self._progress
@@ -358,15 +358,6 @@ class Trial:
         self._spending.sums.train_seconds += self._now() - self._started
         left = self._dropper.layers[cut : self._cut] if self._dropper else ()
         return _Epoch(result.loss, rates[-1], self._peak.num_bytes, left)
-
-    def _forward(self, inputs: Tensor) -> Tensor:
-        """From a batch's inputs to logits; with several processes through what brings their gradients together."""
-        if self._group is None:
-            return self._inputs.forward(inputs)
-        if self._wrapped is None or self._wrapped[0] != self._cut:
-            self._wrapped = None  # its hooks on the parameters go before new ones come
-            self._wrapped = self._cut, self._group.wrap(self.model, self._inputs.forward)
-        return self._wrapped[1](inputs)
 
     @property
     def _cut(self) -> int:

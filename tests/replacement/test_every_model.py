@@ -24,9 +24,9 @@ SMALL_STEM = {"small_stem": True}
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"resnet{depth}": (16, {}) for depth in (20, 32, 56, 110)},
     **{f"resnet{depth}": (32, SMALL_STEM) for depth in (18, 34)},
-    **{f"resnet{depth}": (64, {}) for depth in (50, 101, 152)},
+    **{f"resnet{depth}": (64, {}) for depth in (50, 152)},
     **{name: (32, {"small_head": True}) for name in ("vgg11_bn", "vgg16", "vgg16_bn")},
-    **{name: (32, {"image_size": 32}) for name in ("vit_b_16", "vit_l_16")},
+    "vit_b_16": (32, {"image_size": 32}),
     **{name: (64, {}) for name in ("convnext_tiny", "swin_t", "regnet_y_400mf", "mobilenet_v2")},
     "vit_tiny": (16, {"image_size": 16}),
     **{name: (32, {"img_size": 32}) for name in ("vit_tiny_patch16_224", "deit_tiny")},

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rlsearch.policy import LearnDrop, ModelSpec, Policy, Replacement
-from rlsearch.search.trainable import Job, TrialTrainable, WorkerSettings
+from rlsearch.search.trainable import TrialTrainable
+from rlsearch.search.worker import Job, WorkerSettings
 from rlsearch.training.data import DataSpec, load_data
 from rlsearch.training.loop import TrainingSpec
 from rlsearch.training.trial_spec import TrialSpec

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,3 +263,20 @@ def test_mixed_precision_trains_as_well(digits: ImageData) -> None:
     assert math.isfinite(history[-1].train_loss)
     assert history[-1].accuracy > 0.6
     assert np.isclose(history[-1].train_flops, list(run_trial(spec(epochs=6), data=digits))[-1].train_flops)
+
+
+def test_a_trial_goes_with_its_last_reference() -> None:
+    """A process that trains many has no room for two at once: the collector of cycles may come late."""
+    spec = TrialSpec(ModelSpec("resnet20"), DataSpec("digits", limit=60), TrainingSpec(epochs=1, batch_size=32))
+    dropping = replace(spec, policy=Policy(learn_drop=LearnDrop("schedule", warmup=0.0, features="stored")))
+    gc.collect()
+    gc.disable()
+    try:
+        for what in (spec, dropping):
+            trial = Trial(what, device="cpu")
+            trial.run_epoch()
+            gone = weakref.ref(trial), weakref.ref(trial.model)
+            del trial
+            assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()

@@ -90,8 +90,8 @@ def trained(spec: TrialSpec, group: Group | None, epochs: int = EPOCHS) -> dict[
         stored.append(trial.features_in)
     found = {"steps": steps, "rows": rows, "state": trial.state_dict(), "stored": stored, "drawn": torch.rand(4)}
     if group is not None:
-        assert trial._wrapped is not None
-        found["waited for"] = sum(parameter.numel() for parameter in trial._wrapped[1].parameters())
+        wrapped = trial._step._plain._forward._wrapped
+        found["waited for"] = sum(parameter.numel() for parameter in wrapped.parameters())
     return found
 
 
