@@ -16,9 +16,9 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,14 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from whole_step import whole_step
 
 # Model, its arguments, pixels a side, images a step, and a unit that every block fits into.
-MODELS: list[tuple[str, dict[str, Any], int, int, str]] = [
+Models: TypeAlias = Sequence[tuple[str, dict[str, Any], int, int, str]]
+MODELS: Models = [
     ("resnet32", {}, 32, 128, "layer1.3"),
     ("resnet110", {}, 32, 128, "layer1.9"),
     ("resnet18", {"small_stem": True}, 32, 128, "layer1.1"),
     ("resnet50", {}, 224, 64, "layer3.3"),
     ("vit_b_16", {}, 224, 32, "encoder.layers.encoder_layer_5"),
 ]
-SMALL: list[tuple[str, dict[str, Any], int, int, str]] = [
+SMALL: Models = [
     ("resnet32", {}, 16, 4, "layer1.3"),
     ("vgg11_bn", {"small_head": True}, 32, 4, "features.22"),
     ("resnet18", {"small_stem": True}, 16, 4, "layer1.1"),
@@ -95,12 +96,12 @@ def peak(
     return whole_step(lambda: build_model(name, **kwargs), policy, shape, training, units)[0]
 
 
-def measured_errors(*, on_cuda: bool) -> dict[str, list[float]]:
-    """Relative errors of every prediction, signs left out; on the CPU at small sizes."""
+def measured_errors(models: Models, *, on_cuda: bool) -> dict[str, list[float]]:
+    """Relative errors of every prediction, signs left out."""
     libraries = library_bytes(torch.device("cuda" if on_cuda else "cpu"))
     print("measured: " + ("torch's CUDA allocator" if on_cuda else "the storages of a real step on the CPU, no CUDA"))
     errors: dict[str, list[float]] = {}
-    for name, kwargs, size, batch, unit in MODELS if on_cuda else SMALL:
+    for name, kwargs, size, batch, unit in models:
         for precision in PRECISIONS:
             costs = CostModel(build_model(name, **kwargs), (3, size, size), batch, "sgd", precision)
             for block in BLOCKS:
@@ -133,7 +134,7 @@ def main() -> None:
     if on_cuda and not torch.cuda.is_available():
         print("skipped: there is no CUDA device; --quick measures the storages of a step on the CPU instead")
         return
-    errors = measured_errors(on_cuda=on_cuda)
+    errors = measured_errors(MODELS if on_cuda else SMALL, on_cuda=on_cuda)
     figures = {f"{key}_median": statistics.median(values) for key, values in errors.items()}
     figures |= {f"{key}_worst": max(values) for key, values in errors.items()}
     for key, value in figures.items():

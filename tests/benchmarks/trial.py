@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from cost import costing_times
-from memory import measured_errors
+from memory import MODELS, measured_errors
 from plain_loop import PlainTraining
 
 from rlsearch import DataSpec, ModelSpec, TrainingSpec, build_model
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (3)")
     options = parser.parse_args()
     quick = options.quick
-    net, count = ("resnet20", 256) if quick else ("resnet32", options.images)
+    net, count = ("resnet20", 64) if quick else ("resnet32", options.images)
     epochs, seeds = (2, 1) if quick else (options.epochs, options.seeds)
 
     spec, data, test = images(options.data, count)
@@ -182,7 +182,7 @@ def main() -> None:
     print(f"{'test accuracy, plain':<44} {mean_sd(on_cpu['plain'])}")
     print(f"{'test accuracy, ours':<44} {mean_sd(on_cpu['ours'])}")
     print(f"{'from a policy to its first step, s':<44} {spread(warm, 3)}")
-    _, _, milliseconds, _ = costing_times(20 if quick else 1000)
+    _, _, milliseconds, _ = costing_times(5 if quick else 1000)
     figures |= {"estimate_cost_ms": statistics.median(milliseconds), "estimate_cost_ms_max": max(milliseconds)}
     figures["memory_error_median"] = None
     print(f"{'costing a policy, ms':<44} {spread(milliseconds, 1)}")
@@ -205,7 +205,7 @@ def main() -> None:
 def gpu_figures(folder: Path | None, quick: bool) -> dict[str, Any]:
     """What needs a GPU; ``quick`` runs it small, on whatever there is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    spec, data, test = images(folder, 256 if quick else 45_000)
+    spec, data, test = images(folder, 64 if quick else 45_000)
     net = "resnet20" if quick else "resnet32"
     training = TrainingSpec(epochs=2 if quick else 6, batch_size=128, lr=0.1)
     beside = against_plain(spec, data, test, net, training, 1 if quick else 3, device)
@@ -226,7 +226,7 @@ def gpu_figures(folder: Path | None, quick: bool) -> dict[str, Any]:
         print(f"{'published for airbench on an A100, 94 %':<44} {AIRBENCH_SECONDS}")
         figures |= {"seconds_to_94": seconds, "accuracy_reached": reached}
     if device == "cuda":
-        errors = measured_errors(on_cuda=True)["memory_error"]
+        errors = measured_errors(MODELS, on_cuda=True)["memory_error"]
         figures |= {"memory_error_median": statistics.median(errors), "memory_error_worst": max(errors)}
     else:
         figures["gpu_parts_ran_on"] = "cpu"

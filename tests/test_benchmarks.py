@@ -1,0 +1,34 @@
+"""The benchmarks of one trial run, those parts too that need a GPU: small, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.memory import SMALL, measured_errors
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def test_the_benchmark_of_a_trial_runs_small() -> None:
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "trial.py"), "--quick"], capture_output=True, text=True, timeout=250
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    figures = result["figures"]
+    assert result["name"] == "trial"
+    assert figures["cpu_epoch_speedup"] > 0
+    assert 0 < figures["warm_start_seconds"] <= figures["warm_start_seconds_max"]
+    assert 0 < figures["estimate_cost_ms"] <= figures["estimate_cost_ms_max"]
+    assert len(figures["cpu_accuracy_ours"]) == len(figures["gpu_accuracy_ours"]) == 1
+    if figures.get("gpu_parts_ran_on") == "cpu":  # what needs a GPU is no figure of a CPU
+        assert figures["gpu_epoch_speedup"] is figures["resnet18_peak_share"] is figures["memory_error_median"] is None
+
+
+def test_predicted_memory_is_that_of_whole_steps() -> None:
+    errors = measured_errors(SMALL[:1], on_cuda=False)["memory_error"]
+    assert len(errors) >= 10
+    assert max(errors) < 0.005
