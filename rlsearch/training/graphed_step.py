@@ -44,7 +44,8 @@ class GraphedStep:
         # Gradients that are there would be added to; those made within the capture are written anew by every replay.
         step.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Threads that bring a stream's next batches into pinned memory go on meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._loss = step(self._inputs, self._labels)
         parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
         self._gradients = [(p, p.grad) for p in parameters]
