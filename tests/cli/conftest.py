@@ -25,7 +25,9 @@ class Done:
 def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Runs the program's own entry point; starting a process for each would take the suite a minute."""
 
-    def run(*arguments: object) -> Done:
+    def run(*arguments: object, cwd: Path | None = None) -> Done:
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
         monkeypatch.setattr("sys.argv", ["rlsearch", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "120")
         with pytest.raises(SystemExit) as ended:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +16,10 @@ from rlsearch import __version__
 COMMANDS = ["validate", "profile", "search", "resume", "pareto", "report", "export", "train", "doctor"]
 
 
-def rlsearch(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def rlsearch(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does."""
     command = [sys.executable, "-m", "rlsearch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
 def test_version_and_help() -> None:
@@ -27,8 +29,8 @@ def test_version_and_help() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(command: str) -> None:
-    done = rlsearch(command, "--help")
+def test_every_command_has_help_with_an_example(in_process: Callable[..., Any], command: str) -> None:
+    done = in_process(command, "--help")
     assert done.returncode == 0
     assert f"Example: rlsearch {command}" in done.stdout
 
@@ -65,9 +67,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))
-def test_a_mistake_ends_with_2_and_one_message(mistake: str, policy: Path, tmp_path: Path) -> None:
+def test_a_mistake_ends_with_2_and_one_message(
+    in_process: Callable[..., Any], mistake: str, policy: Path, tmp_path: Path
+) -> None:
     arguments, named = MISTAKES[mistake]
-    done = rlsearch(*(argument.format(policy=policy) for argument in arguments), cwd=tmp_path)
+    done = in_process(*(argument.format(policy=policy) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr
     assert "Traceback" not in done.stderr + done.stdout

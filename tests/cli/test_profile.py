@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ from rlsearch.training.cost import CostModel
 
 SETTING = {"input_shape": [3, 32, 32], "batch_size": 8, "optimizer": "sgd"}
 SAVINGS = ["params_saved", "memory_saved", "forward_flops_saved", "step_flops_saved"]
-
-
-def rlsearch(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command line as a user does."""
-    command = [sys.executable, "-m", "rlsearch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
 
 
 def costs_of(name: str, **kwargs: Any) -> CostModel:
@@ -175,8 +168,8 @@ def test_mistakes_are_named(resnet56: CostModel) -> None:
         content_of(resnet56, Policy(replacements=(Replacement("layer9.0", "skip"),)))
 
 
-def test_the_command_prints_json(policy: Path) -> None:
-    done = rlsearch("profile", "resnet20", "--policy", policy, "--units", "layer[12].1", "--json")
+def test_the_command_prints_json(in_process: Callable[..., Any], policy: Path) -> None:
+    done = in_process("profile", "resnet20", "--policy", policy, "--units", "layer[12].1", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads(done.stdout)
     assert (content["model"], content["params"]) == ("resnet20", 272_474)
@@ -185,8 +178,8 @@ def test_the_command_prints_json(policy: Path) -> None:
     assert content["policy"]["cost"]["params"] == 272_474 - 18_560 - 4_608 + 2
 
 
-def test_the_command_prints_tables() -> None:
-    done = rlsearch("profile", "resnet20", "--preset", "v1", "--units", "layer1.1", "--image-size", 16)
+def test_the_command_prints_tables(in_process: Callable[..., Any]) -> None:
+    done = in_process("profile", "resnet20", "--preset", "v1", "--units", "layer1.1", "--image-size", 16)
     assert done.returncode == 0, done.stderr
     assert "272,474 parameters; images of 3×16×16" in done.stdout
     assert "the preset v1 replaces" in done.stdout
@@ -202,13 +195,13 @@ def test_the_command_prints_tables() -> None:
     ],
 )
 def test_the_command_ends_with_2_and_one_message(
-    arguments: list[str], words: list[str], policy: Path, tmp_path: Path
+    in_process: Callable[..., Any], arguments: list[str], words: list[str], policy: Path, tmp_path: Path
 ) -> None:
     factory = (
         "from torch import nn\ndef no_image(num_classes):\n    return nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))\n"
     )
     (tmp_path / "factories.py").write_text(factory)
-    done = rlsearch("profile", *(item.format(policy=policy) for item in arguments), cwd=tmp_path)
+    done = in_process("profile", *(item.format(policy=policy) for item in arguments), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
