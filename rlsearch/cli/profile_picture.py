@@ -77,7 +77,7 @@ def _draw_bars(panels: Sequence[Axes], layers: Sequence[Mapping[str, Any]]) -> N
     saved = [layer["saved"] / _MEGA for layer in layers]
     memory.barh(rows, saved, color=ORANGE, label="saved for backward")
     held = [layer["held"] / _MEGA for layer in layers]
-    memory.barh(rows, held, left=saved, color="#f3c3ab", label="parameters, gradients, optimizer")
+    memory.barh(rows, held, left=saved, color="#f3c3ab", label="parameters, optimizer")
     flops.set_yticks(rows, [layer["name"] for layer in layers], fontsize=7.5)
     flops.set_ylim(len(layers) - 0.4, -0.6)
     titles = ("MFLOP a step of an image", "learnable parameters, thousands", "MB")
