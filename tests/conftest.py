@@ -38,8 +38,6 @@ TRAINING = {"epochs": 3, "batch_size": 64, "optimizer": "sgd", "lr": 0.1}
 BASELINE = {"accuracy": 0.9741, "params": 466_906, "memory": 61_400_000, "train_flops": 1.113e12}
 SAVED_PARAMS = {"layer1": 4_672, "layer2": 18_560, "layer3": 73_984}
 LAYERS = ("stem", *(f"layer{stage}.{index}" for stage in (1, 2, 3) for index in range(5)), "head")
-# These take all cores, and look at what is left of a cluster when it is gone.
-STARTS_RAY = ("cli/test_commands.py", "cli/test_search.py", "search/test_distributed_trial.py", "search/test_run.py")
 STARTED = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 
 
@@ -111,14 +109,6 @@ def made_up_records(count: int = 24, seed: int = 3) -> list[TrialRecord]:
     ):
         records[trial] = failed(trial, state, reason, Policy.from_dict(json.loads(records[trial].policy)))
     return records
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the suite runs in several processes, a file's tests share one, and all tests that start Ray do."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent)
-        group = "ray" if str(file) in STARTS_RAY else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

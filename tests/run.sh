@@ -19,8 +19,8 @@ fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# All tests: in two processes, file by file (tests/conftest.py keeps those that start Ray in one of them).
+# All tests: in two processes, file by file.
 if [ $# -eq 0 ]; then
-    set -- --numprocesses 2 --dist loadgroup
+    set -- --numprocesses 2 --dist loadfile
 fi
 "$venv/bin/python" -m pytest "$@"
