@@ -19,8 +19,10 @@ fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# All tests: in two processes, file by file.
-if [ $# -eq 0 ]; then
-    set -- --numprocesses 2 --dist loadfile
+if [ $# -gt 0 ]; then
+    "$venv/bin/python" -m pytest "$@"
+else
+    # In two processes, file by file; then those that start Ray, which takes all cores, alone.
+    "$venv/bin/python" -m pytest -m "not cluster" --numprocesses 2 --dist loadfile
+    "$venv/bin/python" -m pytest -m cluster
 fi
-"$venv/bin/python" -m pytest "$@"

@@ -35,6 +35,7 @@ def test_every_command_has_help_with_an_example(in_process: Callable[..., Any], 
     assert f"Example: rlsearch {command}" in done.stdout
 
 
+@pytest.mark.cluster
 def test_doctor() -> None:
     content = json.loads(rlsearch("doctor", "--json").stdout)
     found = {finding["what"]: finding["status"] for finding in content["findings"]}

@@ -24,9 +24,9 @@ SMALL_STEM = {"small_stem": True}
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"resnet{depth}": (16, {}) for depth in (20, 32, 56, 110)},
     **{f"resnet{depth}": (32, SMALL_STEM) for depth in (18, 34)},
-    **{f"resnet{depth}": (64, {}) for depth in (50, 152)},
+    **{f"resnet{depth}": (64, {}) for depth in (50, 101, 152)},
     **{name: (32, {"small_head": True}) for name in ("vgg11_bn", "vgg16", "vgg16_bn")},
-    "vit_b_16": (32, {"image_size": 32}),
+    **{name: (32, {"image_size": 32}) for name in ("vit_b_16", "vit_l_16")},
     **{name: (64, {}) for name in ("convnext_tiny", "swin_t", "regnet_y_400mf", "mobilenet_v2")},
     "vit_tiny": (16, {"image_size": 16}),
     **{name: (32, {"img_size": 32}) for name in ("vit_tiny_patch16_224", "deit_tiny")},
@@ -158,11 +158,7 @@ def _train_a_step(model: nn.Module, x: Tensor, policy: Policy) -> None:
     model.zero_grad()
 
 
-# These have the structure of others, at another depth.
-ALIKE = ("resnet32", "resnet34", "resnet110", "vgg16")
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ALIKE])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_policy_of_many_blocks(name: str) -> None:
     model, x = _build(name)
     units = find_units(model, x[:1])

@@ -294,7 +294,7 @@ def test_a_replaced_model_learns_and_its_sources_feel_it(resnet32, policy_of) ->
     """The loss falls, and the neighbours get gradients through the replaced unit (attached)."""
     apply_policy(resnet32, policy_of({"layer1.3": "scalar", "layer2.2": "channel", "layer3.3": "lowrank"}))
     torch.manual_seed(0)
-    x, labels = torch.randn(16, 3, 16, 16), torch.randint(10, (16,))
+    x, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
     optimizer = torch.optim.SGD(resnet32.parameters(), lr=0.02, momentum=0.9)
     losses = []
     for _ in range(12):

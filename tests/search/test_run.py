@@ -82,6 +82,7 @@ class OneProcess(TrialTrainable):
         return super().step()
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 def test_a_search_and_more_of_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -121,6 +122,7 @@ def test_a_search_and_more_of_it(tmp_path: Path) -> None:
         start_search(space(), folder)
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 def test_parts_of_units_with_searched_options_are_trained_and_resumed(tmp_path: Path) -> None:
     replacement = {
@@ -153,6 +155,7 @@ def test_parts_of_units_with_searched_options_are_trained_and_resumed(tmp_path: 
     assert any(replaced[2:])
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +176,7 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
     assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
     diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 2, "max_concurrent": 1})
@@ -196,6 +200,7 @@ def test_bad_input_leaves_no_folder_behind(tmp_path: Path, changes: dict[str, An
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 def test_a_trial_that_asks_for_more_than_there_is_leaves_no_folder_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resources\.cpu: must be at most the \d+ cores there are, got 4096"):

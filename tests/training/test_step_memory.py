@@ -22,6 +22,7 @@ BATCH = 4
     ("name", "size", "kwargs", "optimizer", "precision", "error"),
     [
         ("resnet20", 16, {}, "sgd", "fp32", 0.0),
+        ("resnet32", 16, {}, "adamw", "fp32", 0.0),
         ("vgg11_bn", 32, {"small_head": True}, "sgd", "fp32", 0.0),
         ("resnet20", 16, {}, "adamw", "bf16", 3e-4),  # one number's block of 512 bytes
         # Gradients of borrowed weights are added up one layer at a time, and counted a unit at a time.
@@ -41,7 +42,7 @@ def test_the_peak_is_that_of_the_real_step(
 
 @pytest.mark.parametrize(
     ("name", "optimizer", "precision", "kwargs", "error"),
-    [("resnet20", "sgd", "bf16", {}, 3e-4)],
+    [("resnet20", "sgd", "bf16", {}, 3e-4), ("vit_tiny", "adamw", "fp32", {"image_size": 16}, 1.5e-2)],
 )
 def test_so_it_is_at_every_cut(
     name: str, optimizer: str, precision: str, kwargs: dict[str, object], error: float

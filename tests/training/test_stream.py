@@ -388,7 +388,7 @@ def test_workers_end_with_the_process(shards: str) -> None:
         training = start.Process(target=train_until_killed, args=(shards, theirs))
         training.start()
         trainings[number] = training
-        assert ours.poll(90)
+        assert ours.poll(30)
         assert training.pid is not None
         assert len(members(training.pid)) == 3
     for number, training in trainings.items():
@@ -396,9 +396,9 @@ def test_workers_end_with_the_process(shards: str) -> None:
         os.kill(training.pid, number)
     try:
         for training in trainings.values():
-            training.join(timeout=60)
+            training.join(timeout=30)
             assert training.pid is not None
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 20
             while members(training.pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert members(training.pid) == []
