@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from rlsearch.policy import Policy
 from rlsearch.results.describe import TIMES
 from rlsearch.search.cluster import Slots
@@ -14,7 +16,7 @@ from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.ranges import values_of
 from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace
-from rlsearch.training.loop import TrainingSpec
+from rlsearch.training.loop import TrainingSpec, slow_precision
 
 # A replaced unit takes about what it took before: a few policies show by how much one may exceed the baseline.
 _NUM_POLICIES = 16
@@ -43,6 +45,13 @@ def sharing_note(slots: Slots, predicted_bytes: int, gpu_bytes: int | None) -> s
         return None
     of_gpu = "" if gpu_bytes is None else f" of {_gigabytes(gpu_bytes)}"
     return f"{slots.sharing} trials share each GPU (predicted {_gigabytes(predicted_bytes)} each{of_gpu})"
+
+
+def start_warnings(space: SearchSpace, slots: Slots) -> list[str]:
+    """What to warn of at the start of a search on devices as they are."""
+    precision = slow_precision(space.training.precision, torch.device("cuda" if slots.gpu else "cpu"))
+    timing = timing_warning(space) if slots.sharing > 1 else None
+    return [warning for warning in (precision, timing) if warning is not None]
 
 
 def timing_warning(space: SearchSpace) -> str | None:

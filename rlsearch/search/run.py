@@ -12,19 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
-import torch
 from ray import tune
 from rich.console import Console
 
 from rlsearch.errors import UserError
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
-from rlsearch.search.packing import largest_memory, sharing_note, timing_warning
+from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.study import RunStudy
-from rlsearch.training.loop import slow_precision
 
 __all__ = ["SearchResult", "resume_search", "start_search"]
 
@@ -126,11 +124,7 @@ def _slots(prepared: Prepared, address: str, console: Console) -> Slots:
     note = sharing_note(slots, largest, gpu_bytes)
     if note is not None:
         console.print(note)
-    device = torch.device("cuda" if slots.gpu else "cpu")
-    warnings = [slow_precision(prepared.space.training.precision, device)]
-    if slots.sharing > 1:
-        warnings.append(timing_warning(prepared.space))
-    for warning in filter(None, warnings):
+    for warning in start_warnings(prepared.space, slots):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     return slots
 

@@ -104,6 +104,15 @@ class MeasuredSegments:
             own = sum((self._difference(step) for step in units), self._segment_sizes[index])
             borrowed = {self._place(units, name, cut): size for name, size in cost.borrowed_gradients.items()}
             costs.append(replace(cost, own_gradients=own.learnable_bytes, borrowed_gradients=borrowed))
+        for place, names in _early(costs).items():
+            units = by_segment.get(place + cut, ())
+            needs = place > 0 and costs[place - 1].learns
+            again = self._training_cost(place + cut, units, needs, names)
+            costs[place] = replace(
+                costs[place],
+                backward_peak=again.backward_peak,
+                backward_peak_input_held=again.backward_peak_input_held,
+            )
         return [*costs, self._loss_cost(costs[-1].learns)]
 
     def segment_sizes(self, steps: Sequence[PlannedUnit]) -> list[Sizes]:
@@ -136,8 +145,18 @@ class MeasuredSegments:
             places.append((place, self._kinds.of_measurement(step)))
         return self._segment_kinds[index], tuple(places), setting
 
-    def _training_cost(self, index: int, steps: Sequence[PlannedUnit], needs_input_gradient: bool) -> SegmentCost:
-        key = self._key(index, steps, needs_input_gradient)
+    def _relative(self, index: int, steps: Sequence[PlannedUnit], name: str) -> Hashable:
+        """Where a parameter is that a segment learns, its own or a borrowed one, whatever the names there."""
+        places = [(place, unit) for place, unit in enumerate(self.segments[index].units)]
+        places += [(-1 - number, source) for number, step in enumerate(steps) for source in (step.sources or ())[:1]]
+        return next((place, name.removeprefix(unit)) for place, unit in places if name.startswith(f"{unit}."))
+
+    def _training_cost(
+        self, index: int, steps: Sequence[PlannedUnit], needs_input_gradient: bool, early: Sequence[str] = ()
+    ) -> SegmentCost:
+        """Where the parameters named ``early`` have a gradient when the backward pass comes to their segment."""
+        names = [self._relative(index, steps, name) for name in early]
+        key = self._key(index, steps, (needs_input_gradient, *names))
         if key not in self._costs:
             module = self.segments[index].module
             with self._placed(steps, module) as known, self._mode:
@@ -148,6 +167,7 @@ class MeasuredSegments:
                     known=known,
                     borrowed=self._borrowed(steps),
                     learned_before=self._succeeding(steps),
+                    early=[self.model.get_parameter(name) for name in early],
                 )
         return self._costs[key]
 
@@ -239,6 +259,18 @@ class MeasuredSegments:
             given = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise ModelError(f"{type(self.model).__name__} must give logits (images, classes), it gives {given}")
         return [*inputs, (tuple(features.shape), features.stride(), features.dtype)]
+
+
+def _early(costs: Sequence[SegmentCost]) -> dict[int, list[str]]:
+    """By the place of a segment the parameters that it learns, its own or borrowed ones, whose gradient was begun in
+    the backward pass of a later one: its own part is added to that."""
+    found: dict[int, list[str]] = {}
+    begun: set[tuple[int, str]] = set()
+    for place in reversed(range(len(costs))):
+        borrowed = {name for name in costs[place].borrowed_gradients if 0 <= name[0] < place}
+        found[place] = sorted(name for owner, name in begun if owner == place or (owner, name) in borrowed)
+        begun |= borrowed
+    return {place: names for place, names in found.items() if names}
 
 
 class _Loss(nn.Module):

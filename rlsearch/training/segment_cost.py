@@ -68,6 +68,7 @@ def measure(
     known: Sequence[Tensor],
     borrowed: Mapping[tuple[int, str], Tensor],
     learned_before: Sequence[Tensor] = (),
+    early: Sequence[Tensor] = (),
 ) -> SegmentCost:
     """What ``module`` costs on fake ``inputs``, under the caller's fake mode.
 
@@ -81,6 +82,7 @@ def measure(
         known: the parameters and buffers of the whole model; what is kept of them takes no further memory.
         borrowed: parameters that may not be the module's own, but get a gradient through it.
         learned_before: others that have their gradient already when the backward pass comes here.
+        early: parameters of its own that do.
     """
     clocks: dict[int, list[Clock]] = {}
     for part in module.modules():
@@ -88,7 +90,9 @@ def measure(
             clocks.setdefault(part.period, []).append(part)
 
     def run() -> SegmentCost:
-        return _run(module, inputs, precision, known, borrowed, learned_before)
+        own = {id(parameter) for parameter in module.parameters()}
+        others = [parameter for parameter in learned_before if id(parameter) not in own]
+        return _run(module, inputs, precision, known, borrowed, [*others, *early])
 
     _set_passes(clocks, None)
     learning = run()
@@ -133,16 +137,15 @@ def _run(
     precision: str,
     known: Sequence[Tensor],
     borrowed: Mapping[tuple[int, str], Tensor],
-    learned_before: Sequence[Tensor],
+    learned: Sequence[Tensor],
 ) -> SegmentCost:
-    """Runs ``module`` forward and backward once."""
+    """Runs ``module`` forward and backward once, where ``learned`` have a gradient already."""
     own = {id(parameter) for parameter in module.parameters()}
-    there = [parameter for parameter in learned_before if id(parameter) not in own]
-    for parameter in there:
+    for parameter in learned:
         parameter.grad = torch.empty_like(parameter)
     seed = torch.ones(())
     gradients: list[Tensor] = []
-    with Storages([*known, *(p.grad for p in there if p.grad is not None), inputs, seed]) as log:
+    with Storages([*known, *(p.grad for p in learned if p.grad is not None), inputs, seed]) as log:
         with autocast(precision, inputs.device):
             features = _Entry.apply(inputs, gradients)
             outputs = module(features)

@@ -1,17 +1,20 @@
 """Batches of a streamed set, decoded ahead of the training by processes of their own.
 
-torch's DataLoader starts, feeds and ends the processes: they go when the iterator is closed, when an error or Ctrl-C
-ends the training, and, by a look every few seconds, when it was killed.
+torch's DataLoader starts, feeds and ends the processes: they go when the iterator is closed and when an error or Ctrl-C
+ends the training; when it was killed, by a look of their own every second.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -105,7 +108,7 @@ def read_batches(
             num_workers=workers,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             generator=torch.Generator(),  # torch's own random state is the training's
         )
         loaded = iter(loader)
@@ -173,6 +176,15 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _begin_worker(number: int) -> None:
+def _begin_worker(training: int, number: int) -> None:
     """A handler that the training's process has for the end of a run would keep a worker from its own."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+
+
+def _end_with(training: int) -> None:
+    """Ends this process after its parent's. DataLoader looks too, but asks late who the parent is: a worker whose
+    training was killed in its first moments would wait for ever for a stranger's end."""
+    while os.getppid() == training:
+        time.sleep(1)
+    os._exit(1)

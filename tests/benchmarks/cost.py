@@ -16,47 +16,20 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from rlsearch import Policy, Replacement, build_model, estimate_cost
-from rlsearch.errors import SurgeryError
-from rlsearch.replacement import BLOCKS, Unit, find_units, plan
+from rlsearch import Policy, build_model, estimate_cost
+from rlsearch.replacement import find_units, plan
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from random_policies import random_policy
 
 MODEL, SHAPE, BATCH = "resnet56", (3, 32, 32), 128
-
-
-def random_options(source: random.Random, known: Any) -> dict[str, Any]:
-    options = {
-        "sources": source.choice(["adjacent", "nearest"]),
-        "operator": source.choice(["same", "same", "single"]),
-        "neighbours": source.choice(["attached", "detached"]),
-        "norms": source.choice(["own", "borrowed"]),
-        "boundary": source.choice(["strict", "keep", "one_sided", "project"]),
-        "pair": source.choice(["unit", "tensor"]),
-        "update_every": source.choice([1, 1, 1, 2]),
-        "boundary_rank": 1,
-        "rank": source.choice([1, 2]),
-    }
-    return {name: value for name, value in options.items() if name in known}
-
-
-def random_policy(model: torch.nn.Module, units: list[Unit], source: random.Random) -> Policy:
-    """Up to fourteen units and roles, by any blocks with any options that fit."""
-    policy = Policy()
-    for unit in source.sample(units, min(len(units), 14)):
-        block = source.choice(sorted(BLOCKS))
-        options = random_options(source, BLOCKS[block].options)
-        longer = replace(policy, replacements=(*policy.replacements, Replacement(unit.name, block, options)))
-        try:
-            plan(model, longer, units)
-        except SurgeryError:
-            continue
-        policy = longer
-    return policy
 
 
 def costing_times(count: int) -> tuple[list[Policy], float, list[float], list[float]]:
@@ -65,7 +38,7 @@ def costing_times(count: int) -> tuple[list[Policy], float, list[float], list[fl
         model = build_model(MODEL)
     units = find_units(model, torch.empty(2, *SHAPE, device="meta"))
     source = random.Random(0)
-    policies = [random_policy(model, units, source) for _ in range(count)]
+    policies = [random_policy(partial(plan, model, units=units), units, source, resting=True) for _ in range(count)]
 
     def timed(policy: Policy) -> float:
         started = time.process_time()

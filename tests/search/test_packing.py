@@ -6,14 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from rlsearch import Policy, TrainingSpec, build_model
 from rlsearch.results.describe import describe_metric
 from rlsearch.search.cluster import Slots, memory_fraction
 from rlsearch.search.costs import ExactCosts
-from rlsearch.search.packing import largest_memory, sharing_note, timing_warning
+from rlsearch.search.packing import largest_memory, sharing_note, start_warnings, timing_warning
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.space import SearchSpace, parse_space
+from rlsearch.training.loop import slow_precision
 
 GB = 10**9
 
@@ -68,6 +70,17 @@ def test_times_as_objectives_are_warned_about_where_devices_may_be_shared() -> N
     assert timing_warning(space()) is None
     assert timing_warning(replace(timed, resources=replace(timed.resources, gpu=1))) is None
     assert timing_warning(replace(timed, search=replace(timed.search, max_concurrent=1))) is None
+
+
+def test_the_start_of_a_search_warns() -> None:
+    content = space(
+        objectives={"accuracy": "maximize", "train_seconds": "minimize"},
+        training={"batch_size": 32, "optimizer": "sgd", "epochs": 2, "precision": "bf16"},
+    )
+    imitated = slow_precision("bf16", torch.device("cpu"))
+    assert start_warnings(content, Slots(2, 1, 1 / 2)) == [timing_warning(content)]
+    assert start_warnings(content, Slots(2, 1, 1)) == []
+    assert start_warnings(content, Slots(1, 1, 0)) == ([] if imitated is None else [imitated])
 
 
 def test_a_time_of_a_shared_device_is_marked(make_record: Any) -> None:

@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from random_policies import random_policy
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlsearch import Policy, Replacement, apply_policy, build_model, estimate_cost
 from rlsearch.errors import ConfigError, ModelError, SurgeryError
-from rlsearch.replacement import BLOCKS, learnable_params
+from rlsearch.replacement import learnable_params
 from rlsearch.training.cost import CostModel
 from rlsearch.training.kinds import Kinds
 from rlsearch.training.loop import TrainingSpec, autocast, build_optimizer
 
 SHAPE = (3, 16, 16)
 BATCH = 4
-
-
-def random_policy(costs: CostModel, source: random.Random) -> Policy:
-    """Whole units and roles, replaced by any block in any form that fits beside what is replaced already."""
-    policy = Policy()
-    for unit in source.sample(costs.units, min(len(costs.units), 14)):
-        block = source.choice(sorted(BLOCKS))
-        known = BLOCKS[block].options
-        options = {name: value for name, value in random_options(source).items() if name in known}
-        longer = replace(policy, replacements=(*policy.replacements, Replacement(unit.name, block, options)))
-        try:
-            costs.plan(longer)
-        except SurgeryError:
-            continue
-        policy = longer
-    return policy
-
-
-def random_options(source: random.Random) -> dict[str, object]:
-    return {
-        "sources": source.choice(["adjacent", "nearest"]),
-        "operator": source.choice(["same", "same", "single"]),
-        "neighbours": source.choice(["attached", "detached"]),
-        "norms": source.choice(["own", "borrowed"]),
-        "boundary": source.choice(["strict", "keep", "one_sided", "project"]),
-        "pair": source.choice(["unit", "tensor"]),
-        "boundary_rank": 1,
-        "rank": 1,
-    }
 
 
 def measured(
@@ -87,7 +58,7 @@ def test_the_sum_over_segments_is_the_whole_step(
     shape = (3, size, size)
     costs = CostModel(build_model(name, **kwargs), shape, BATCH, optimizer, precision)
     assert len(costs.segments) > 3
-    for policy in [Policy(), *(random_policy(costs, source) for _ in range(3))]:
+    for policy in [Policy(), *(random_policy(costs.plan, costs.units, source) for _ in range(3))]:
         model = build_model(name, **kwargs)
         apply_policy(model, policy, units=costs.units)
         cost = costs.cost(policy)
@@ -166,9 +137,9 @@ def test_what_is_shared_is_what_would_be_measured(
     unshared = CostModel(build_model(name, **kwargs), SHAPE, BATCH)
     monkeypatch.undo()
     source = random.Random(5)
-    for policy in [Policy(), *(random_policy(shared, source) for _ in range(4))]:
+    for policy in [Policy(), *(random_policy(shared.plan, shared.units, source) for _ in range(4))]:
         assert shared.cost(policy) == unshared.cost(policy), policy.replacements
-    assert len(shared._measured._costs) < 0.75 * len(unshared._measured._costs)
+    assert len(shared._measured._costs) < 0.8 * len(unshared._measured._costs)
 
 
 def test_blocks_that_weigh_two_weights_are_measured_once() -> None:
@@ -184,7 +155,8 @@ def test_blocks_that_weigh_two_weights_are_measured_once() -> None:
             ("layer1.1", "channel"),
         ]
     }
-    assert len(costs._measured._costs) == measured_before + 1
+    # The block, and its preceding source, whose gradient is begun behind it.
+    assert len(costs._measured._costs) == measured_before + 2
     assert [cost.params - found["angle"].params for cost in found.values()] == [1, 0, 0, 63]
 
 
@@ -196,7 +168,7 @@ def test_the_model_looked_at_is_put_together_again() -> None:
         return [(name, id(part)) for module in modules for name, part in module.named_modules(remove_duplicate=False)]
 
     before, baseline = state(), costs.cost(Policy())
-    costs.cost(random_policy(costs, random.Random(3)))
+    costs.cost(random_policy(costs.plan, costs.units, random.Random(3)))
     costs.cost(Policy(replacements=(Replacement("layer1.1", "skip"), Replacement("layer2.1.conv2", "scalar"))))
     assert state() == before
     assert costs.cost(Policy()) == baseline

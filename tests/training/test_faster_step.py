@@ -182,8 +182,13 @@ def test_no_plain_step_waits_for_the_device(digits: ImageData) -> None:
     inputs = list(trial._inputs.batches(1))
     torch.cuda.set_sync_debug_mode("error")
     try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            inputs[0][0].sum().item()  # what waits is seen
+        losses = []
         for images, labels in inputs:
-            trial._step(images, labels)
+            losses.append(trial._step(images, labels))
             trial._optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(losses) == 4
+    assert torch.stack(losses).isfinite().all()

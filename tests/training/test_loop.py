@@ -116,6 +116,21 @@ def test_precision_on_the_cpu() -> None:
     assert (slow_precision("bf16", CPU) is None) == has_bf16
 
 
+def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what torch says of an older GPU, since any other machine has none of the kind."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(
+        ConfigError, match=r"training\.precision: Tesla V100 does not compute in bf16; use auto or fp32"
+    ):
+        resolve_precision("bf16", device)
+    assert resolve_precision("auto", device) == resolve_precision("fp32", device) == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert resolve_precision("auto", device) == resolve_precision("bf16", device) == "bf16"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_precision_on_a_gpu() -> None:
     cuda = torch.device("cuda")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from test_cost import random_policy
+from random_policies import random_policy
 from torch import Tensor, nn
 from whole_step import whole_step
 
@@ -19,39 +19,39 @@ BATCH = 4
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "kwargs", "optimizer", "precision", "error"),
+    ("name", "size", "kwargs", "optimizer", "precision", "blocks"),
     [
-        ("resnet20", 16, {}, "sgd", "fp32", 0.0),
-        ("resnet32", 16, {}, "adamw", "fp32", 0.0),
-        ("vgg11_bn", 32, {"small_head": True}, "sgd", "fp32", 0.0),
-        ("resnet20", 16, {}, "adamw", "bf16", 3e-4),  # one number's block of 512 bytes
-        # Gradients of borrowed weights are added up one layer at a time, and counted a unit at a time.
-        ("vit_tiny", 16, {"image_size": 16}, "adamw", "fp32", 1.5e-2),
+        ("resnet20", 16, {}, "sgd", "fp32", 0),
+        ("resnet32", 16, {}, "adamw", "fp32", 0),
+        ("vgg11_bn", 32, {"small_head": True}, "sgd", "fp32", 0),
+        ("resnet20", 16, {}, "adamw", "bf16", 1),
+        ("vit_tiny", 16, {"image_size": 16}, "adamw", "fp32", 0),
     ],
 )
 def test_the_peak_is_that_of_the_real_step(
-    name: str, size: int, kwargs: dict[str, object], optimizer: str, precision: str, error: float
+    name: str, size: int, kwargs: dict[str, object], optimizer: str, precision: str, blocks: int
 ) -> None:
+    """To the byte; with bf16 to one of the allocator's smallest blocks."""
     source, shape = random.Random(1), (3, size, size)
     costs = CostModel(build_model(name, **kwargs), shape, BATCH, optimizer, precision)
     training = TrainingSpec(optimizer=optimizer, precision=precision)
-    for policy in (Policy(), random_policy(costs, source)):
+    for policy in (Policy(), random_policy(costs.plan, costs.units, source)):
         peak, _ = whole_step(lambda: build_model(name, **kwargs), policy, (BATCH, *shape), training, costs.units)
-        assert costs.cost(policy).memory == pytest.approx(peak, rel=error, abs=0), policy.replacements
+        assert peak <= costs.cost(policy).memory <= peak + 512 * blocks, policy.replacements
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer", "precision", "kwargs", "error"),
-    [("resnet20", "sgd", "bf16", {}, 3e-4), ("vit_tiny", "adamw", "fp32", {"image_size": 16}, 1.5e-2)],
+    ("name", "optimizer", "precision", "kwargs", "blocks"),
+    [("resnet20", "sgd", "bf16", {}, 1), ("vit_tiny", "adamw", "fp32", {"image_size": 16}, 0)],
 )
 def test_so_it_is_at_every_cut(
-    name: str, optimizer: str, precision: str, kwargs: dict[str, object], error: float
+    name: str, optimizer: str, precision: str, kwargs: dict[str, object], blocks: int
 ) -> None:
     source, shape = random.Random(2), (3, 16, 16)
     costs = CostModel(build_model(name, **kwargs), shape, BATCH, optimizer, precision)
     training = TrainingSpec(optimizer=optimizer, precision=precision)
     last = len(costs.segments) - 1
-    for policy, cuts in ((Policy(), (1, last)), (random_policy(costs, source), (2, last // 2))):
+    for policy, cuts in ((Policy(), (1, last)), (random_policy(costs.plan, costs.units, source), (2, last // 2))):
         for cut in cuts:
             for stored in (False, True):
                 peak, learning = whole_step(
@@ -64,7 +64,7 @@ def test_so_it_is_at_every_cut(
                     stored=stored,
                 )
                 predicted = costs.memory_at(policy, cut, learning, stored=stored)
-                assert predicted == pytest.approx(peak, rel=error, abs=0), (cut, stored)
+                assert peak <= predicted <= peak + 512 * blocks, (cut, stored)
         sizes = Sizes.of(_replaced(build_model(name, **kwargs), policy, costs))
         assert costs.memory_at(policy, 0, sizes) == costs.cost(policy).memory
 
@@ -86,15 +86,14 @@ def test_a_unit_that_is_left_out_behind_the_cut_passes_no_gradient_on() -> None:
 
 
 def test_sources_that_learn_through_other_units_have_their_gradients_early() -> None:
-    """So many borrowed parameters, and so few images, that the backward pass holds the most: counted too high by less
-    than one of them."""
+    """So many borrowed parameters, and so few images, that the backward pass holds the most."""
     shape = (3, 8, 8)
     names = [f"layer3.{index}" for index in (2, 3)]
     options = {"sources": "nearest", "neighbours": "attached"}
     policy = Policy(replacements=tuple(Replacement(name, "scalar", options) for name in names))
     costs = CostModel(build_model("resnet32"), shape, 2)
     peak, _ = whole_step(lambda: build_model("resnet32"), policy, (2, *shape), TrainingSpec(), costs.units)
-    assert peak <= costs.cost(policy).memory < peak + 4 * 64 * 64 * 9
+    assert costs.cost(policy).memory == peak
 
 
 class Entangled(nn.Module):

@@ -380,7 +380,7 @@ def train_until_killed(name: str, begun: Connection) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_workers_end_with_the_process(shards: str) -> None:
-    """Whether it ends by Ctrl-C, by being asked to or by being killed; then, workers look every five seconds."""
+    """Whether it ends by Ctrl-C, by being asked to or by being killed, even while a worker is only starting."""
     start = multiprocessing.get_context("spawn")
     trainings = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):

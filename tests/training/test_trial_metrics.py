@@ -200,9 +200,11 @@ def test_the_memory_of_a_step_is_what_it_holds(
         trial = made(digits, policy, optimizer=optimizer, lr=0.01)
         peaks = Peaks(log, trial, monkeypatch)
         rows = history(trial)
-    # Beside the step lie the order of the images and where they are cropped, stored features as they were before that,
-    # and, until the next collection of garbage, modules with which a cut was costed.
-    beside = 20_000 if policy.learn_drop is None else 200_000
+    # Beside the step lie the order of the images and where they are cropped, a batch of them in the frame that they are
+    # cropped from, stored features as they were before that, and, until the next collection of garbage, modules with
+    # which a cut was costed.
+    frame = 32 * digits.train.images.shape[1] * (8 + 2 * digits.crop) ** 2
+    beside = frame + (12_000 if policy.learn_drop is None else 200_000)
     assert [row["step_memory"] for row in rows] == pytest.approx(peaks.num_bytes, abs=beside)
     assert all(row["memory"] == rows[0]["step_memory"] == row["memory_predicted"] for row in rows)
     if policy.learn_drop is not None and policy.learn_drop.features == "recompute":
