@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,25 +118,36 @@ def plan(
     return plan_untouched(model, policy, find_units(model, example_input) if units is None else units)
 
 
-def plan_untouched(model: nn.Module, policy: Policy, units: Sequence[Unit]) -> SurgeryPlan:
+def plan_untouched(
+    model: nn.Module, policy: Policy, units: Sequence[Unit], known: dict[Hashable, PlannedUnit] | None = None
+) -> SurgeryPlan:
     """As `plan`, for a model that is known to be untouched: what is said of its policies one after the other then takes
     no walk through all of it.
+
+    Args:
+        model: an untouched model.
+        policy: as in `plan`.
+        units: of the model.
+        known: replacements that were planned for this model before; new ones are added. Equal ones are then the same
+            object, and take no second look at the model.
 
     Raises:
         SurgeryError: as `plan`.
     """
+    known = {} if known is None else known
     planned: list[PlannedUnit] = []
+    by_name = {unit.name: unit for unit in units}
     problems = _policy_problems(policy)
     replaced = {item.unit for item in policy.replacements}
     for item in policy.replacements:
-        found = _plan_unit(model, units, item, replaced)
+        found = _plan_unit(model, by_name, item, replaced, known)
         if isinstance(found, PlannedUnit):
             planned.append(found)
         else:
             problems += found
     if problems:
         raise SurgeryError(_message(policy, problems))
-    position = {unit.name: index for index, unit in enumerate(units)}
+    position = {name: index for index, name in enumerate(by_name)}
     return SurgeryPlan(tuple(sorted(planned, key=lambda item: position[item.unit.name])), tuple(position))
 
 
@@ -211,13 +222,16 @@ def total_params(model: nn.Module) -> int:
 
 
 def _plan_unit(
-    model: nn.Module, units: Sequence[Unit], item: Replacement, replaced: Collection[str]
+    model: nn.Module,
+    units: Mapping[str, Unit],
+    item: Replacement,
+    replaced: Collection[str],
+    known: dict[Hashable, PlannedUnit],
 ) -> PlannedUnit | list[str]:
     """One replacement, or what stands against it."""
-    known = {unit.name: unit for unit in units}
     problems = []
-    if item.unit not in known:
-        problems.append(f"{item.unit}: unknown unit{suggestion(item.unit, known)}")
+    if item.unit not in units:
+        problems.append(f"{item.unit}: unknown unit{suggestion(item.unit, units)}")
     if item.block not in BLOCKS:
         problems.append(f"{item.unit}: unknown block {item.block!r}{suggestion(item.block, BLOCKS)}")
         return problems
@@ -225,14 +239,22 @@ def _plan_unit(
     problems += [f"{item.unit}: {problem}" for problem in kind.option_problems(item.options)]
     if problems:
         return problems
-    unit, options = known[item.unit], _decided(model, kind.resolve(item.options))
-    sources = sources_of(units, unit, options["sources"], replaced) if kind.needs_sources else None
+    unit, options = units[item.unit], kind.resolve(item.options)
+    every = tuple(units.values())
+    sources = sources_of(every, unit, options["sources"], replaced) if kind.needs_sources else None
     if sources is None and unit.sources is not None and kind.needs_sources:
         return [f"{unit.name}: on one side no unit of its chain owns its parameters; replace fewer of {unit.chain}"]
     problems = _source_problems(unit, sources or (), replaced)
-    fit = examine(model, units, unit, kind, options, sources)
+    key = unit.name, item.block, tuple(sorted(options.items())), sources
+    if not problems and key in known:
+        return known[key]
+    options = _decided(model, options)
+    fit = examine(model, every, unit, kind, options, sources)
     problems += [fit.reason] if fit.reason else []
-    return problems or PlannedUnit(unit, item.block, options, sources, fit)
+    if problems:
+        return problems
+    known[key] = PlannedUnit(unit, item.block, options, sources, fit)
+    return known[key]
 
 
 def _decided(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rlsearch.files import replacing
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "INFEASIBLE")
 DIRECTIONS = ("maximize", "minimize")
-ORIGINS = ("baseline", "skip control", "freeze control", "sampler")
+ORIGINS = ("baseline", "baseline repeat", "skip control", "freeze control", "sensitivity", "sampler")
 METRICS = (
     "accuracy",
     "params",

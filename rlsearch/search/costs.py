@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,7 +41,10 @@ class ExactCosts:
 
     def metrics(self, policy: Policy, training: TrainingSpec) -> dict[str, float]:
         """The metrics that a trial of ``policy`` will report exactly so."""
-        cost = self.cost(policy, training)
+        return self.metrics_of(self.cost(policy, training))
+
+    def metrics_of(self, cost: Cost) -> dict[str, float]:
+        """The same, of a cost."""
         exact = {"params": cost.params, "params_total": cost.params_total, "memory_predicted": cost.memory}
         assert set(exact) == set(EXACT_METRICS)
         if self._device.type == "cpu":  # only CUDA measures its memory; elsewhere the prediction is reported
@@ -70,9 +73,10 @@ class HardConstraints:
 
     def violations(self, policy: Policy, training: TrainingSpec) -> dict[str, float]:
         """Metric to how far the policy misses its bound; at or below 0 it keeps it."""
-        if not self._constraints:
-            return {}
-        metrics = self._costs.metrics(policy, training)
+        return self.violations_of(self._costs.metrics(policy, training)) if self._constraints else {}
+
+    def violations_of(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The same, of a policy's exact metrics."""
         return {
             constraint.metric: constraint.violation(metrics[constraint.metric], self._reference[constraint.metric])
             for constraint in self._constraints

@@ -14,8 +14,8 @@ from rlsearch.search.cluster import Slots
 from rlsearch.search.costs import ExactCosts
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.ranges import values_of
-from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.variations import random_choices
 from rlsearch.training.loop import TrainingSpec, slow_precision
 
 # A replaced unit takes about what it took before: a few policies show by how much one may exceed the baseline.

@@ -67,4 +67,4 @@ def prepare(space: SearchSpace, address: str = "local") -> Prepared:
     constraints = HardConstraints(space.constraints, costs, baseline, space.training)
     policies = PolicySpace(space, model, data.input_shape)
     costs.cost(baseline, space.training)  # a model that cannot be costed should be told now
-    return Prepared(space, data, policies, PolicySampler(policies, constraints), costs)
+    return Prepared(space, data, policies, PolicySampler(policies, constraints, costs), costs)

@@ -1,31 +1,34 @@
 """Proposes what to train next: the baseline, the controls, then valid policies that nobody has trained yet.
 
-Optuna's multivariate, grouped TPE on a conditional space does the choosing. It works on a copy of the study in memory:
-one `suggest` is one write to the study's database, and a policy takes some thirty of them.
+`FrontSampler` does the choosing, or a sampler of Optuna's own. Those work on a copy of the study in memory: one
+`suggest` is one write to the study's database, and a policy takes some thirty of them.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import TPESampler
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rlsearch.policy import LearnDrop, Policy
-from rlsearch.search.costs import HardConstraints
+from rlsearch.search.costs import ExactCosts, HardConstraints
+from rlsearch.search.front_sampler import FrontSampler
 from rlsearch.search.policy_space import Decided, PolicySpace, Suggest, params_key
-from rlsearch.search.ranges import Distribution, draw, size_of
+from rlsearch.search.ranges import Distribution
+from rlsearch.search.sampler_settings import SamplerSettings
+from rlsearch.search.variations import coarse_key, mutation, random_choices, same_choices
 from rlsearch.training.loop import TrainingSpec
 
 BASELINE, SKIP_CONTROL, FREEZE_CONTROL, SAMPLER = "baseline", "skip control", "freeze control", "sampler"
+REPEAT = "baseline repeat"
 
 # Attempts at a policy that is new and keeps the constraints. TPE's cost more, and repeat themselves when it is sure.
 _MODELLED_ATTEMPTS = 8
@@ -44,11 +47,12 @@ class Proposal:
     Attributes:
         policy: a valid policy, bound to the space's model.
         training: how to train it.
-        origin: ``baseline``, ``skip control``, ``freeze control`` or ``sampler``.
+        origin: ``baseline``, ``baseline repeat``, ``skip control``, ``freeze control`` or ``sampler``.
         params: for the study; empty for a control that the space itself does not offer.
         distributions: for the study, of the same names.
         violations: metric to how far its exact cost misses a hard constraint (at or below 0: kept); only the baseline
             is ever above.
+        repeat: 0, or by how much the seed of its training is above the search's own.
     """
 
     policy: Policy
@@ -57,6 +61,7 @@ class Proposal:
     params: Mapping[str, Any] = field(default_factory=dict)
     distributions: Mapping[str, BaseDistribution] = field(default_factory=dict)
     violations: Mapping[str, float] = field(default_factory=dict)
+    repeat: int = 0
 
     def to_trial(self, user_attrs: Mapping[str, Any]) -> FrozenTrial:
         """The RUNNING trial that one ``study.add_trial`` writes."""
@@ -77,13 +82,18 @@ class PolicySampler:
     Args:
         policies: what the space offers for its model.
         constraints: what an exact cost may not exceed.
+        costs: of the space's model.
     """
 
-    def __init__(self, policies: PolicySpace, constraints: HardConstraints) -> None:
+    def __init__(self, policies: PolicySpace, constraints: HardConstraints, costs: ExactCosts) -> None:
         self._policies = policies
         self._constraints = constraints
         self._settings = policies.space.search
         self._planned = list(_planned(policies, constraints))
+        self._front: FrontSampler | None = None
+        sampler = self._settings.sampler
+        if sampler.name == "front":
+            self._front = FrontSampler(policies, costs, constraints, self._settings.seed, **sampler.options)
 
     def propose(self, study: Study) -> Proposal | None:
         """The next thing to train; the study is read, never written.
@@ -98,6 +108,9 @@ class PolicySampler:
         for origin, decided in self._planned:
             if decided.key not in seen:
                 return self._proposal(decided, origin)
+            repeats = sum(trial.user_attrs["origin"] == REPEAT for trial in trials)
+            if origin == BASELINE and repeats < self._settings.baseline_seeds - 1:
+                return replace(self._proposal(decided, REPEAT), repeat=repeats + 1)
         rng = random.Random(f"{self._settings.seed}/{len(trials)}")
         for decided in self._attempts(study, trials, rng):
             if decided.key not in seen and self._constraints.met(decided.policy, decided.training):
@@ -113,20 +126,25 @@ class PolicySampler:
     def _modelled(
         self, study: Study, trials: Sequence[FrozenTrial], learned: Sequence[FrozenTrial], rng: random.Random
     ) -> Iterator[Decided]:
-        copy = _copy_in_memory(study, trials, rng.randrange(2**32))
-        for _ in range(_MODELLED_ATTEMPTS):
-            # An attempt that fails stays in the copy as running, which steers the next one away from it.
-            yield self._policies.decide(_suggest_with(copy.ask()))
+        if self._front is not None:
+            params = self._front.choose(trials)
+            if params:
+                yield self._policies.decide(same_choices(params))
+        else:
+            copy = _copy_in_memory(study, trials, _sampler(self._settings.sampler, rng.randrange(2**32)))
+            for _ in range(_MODELLED_ATTEMPTS):
+                # An attempt that fails stays in the copy as running, which steers the next one away from it.
+                yield self._policies.decide(_suggest_with(copy.ask()))
         for _ in range(_MUTATED_ATTEMPTS):
-            yield self._policies.decide(_mutation(rng.choice(learned).params, rng))
+            yield self._policies.decide(mutation(rng.choice(learned).params, rng))
 
     def _attempts(self, study: Study, trials: Sequence[FrozenTrial], rng: random.Random) -> Iterator[Decided]:
         decide = self._policies.decide
         learned = [trial for trial in trials if trial.state in _LEARNED_FROM]
-        if len(learned) >= self._settings.startup_trials:
-            known = {_coarse_key(trial.params, trial.distributions) for trial in trials}
+        if len(learned) >= self._settings.startup_trials and self._settings.sampler.name != "random":
+            known = {coarse_key(trial.params, trial.distributions) for trial in trials}
             for decided in self._modelled(study, trials, learned, rng):
-                if _coarse_key(decided.params, decided.distributions) not in known:
+                if coarse_key(decided.params, decided.distributions) not in known:
                     yield decided
         for _ in range(_RANDOM_ATTEMPTS):
             yield decide(random_choices(self._policies, rng))
@@ -136,62 +154,19 @@ class PolicySampler:
             yield from rest
 
 
-def _coarse_key(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> tuple[Any, ...]:
-    """A point's decisions, continuous ones by the tenth of their range.
-
-    A model that is sure proposes one good policy again and again, with a threshold that differs in its third digit;
-    such a trial tells nothing new.
-    """
-    return params_key(
-        {
-            name: value if size_of(distributions[name]) else _tenth(value, distributions[name])
-            for name, value in params.items()
-        }
-    )
-
-
-def _tenth(value: float, distribution: BaseDistribution) -> int:
-    assert isinstance(distribution, FloatDistribution)  # the only kind that is continuous
-    scale = math.log if distribution.log else float
-    low, high = scale(distribution.low), scale(distribution.high)
-    return min(9, int(10 * (scale(value) - low) / (high - low)))
-
-
-def random_choices(policies: PolicySpace, rng: random.Random) -> Suggest:
-    """Decides a whole point at random.
-
-    How readily units are replaced is drawn first, once a point: an even coin for every unit would put nearly all points
-    at `max_fraction`, and none near the baseline.
-    """
-    # Half as much again: a unit that borrows keeps its neighbours from being replaced, so fewer are than asked for.
-    share = rng.uniform(0, min(1, 1.5 * policies.max_replaced / max(1, len(policies.blocks))))
-
-    def suggest(name: str, distribution: Distribution) -> Any:
-        return rng.random() < share if name.startswith("replace:") else draw(distribution, rng)
-
-    return suggest
-
-
-def _mutation(params: Mapping[str, Any], rng: random.Random) -> Suggest:
-    """Decides as ``params`` did, but for one decision; decisions that follow from it anew are drawn at random."""
-    changed = rng.choice(sorted(params)) if params else ""
-
-    def suggest(name: str, distribution: Distribution) -> Any:
-        if name in params and name != changed:
-            return params[name]
-        if name == changed and isinstance(distribution, CategoricalDistribution) and not distribution.single():
-            return rng.choice([choice for choice in distribution.choices if choice != params[name]])
-        return draw(distribution, rng)
-
-    return suggest
-
-
-def _copy_in_memory(study: Study, trials: Sequence[FrozenTrial], seed: int) -> Study:
-    """The study's trials in a study of their own, whose sampler is TPE with ``seed``."""
+def _sampler(settings: SamplerSettings, seed: int) -> BaseSampler:
+    """One of Optuna's own."""
+    if settings.name == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=settings.options["population_size"])
+    candidates = settings.options["n_ei_candidates"]
     with warnings.catch_warnings():
         # `group` is what makes TPE model a conditional space; Optuna still calls it experimental.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=1)
+        return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=1, n_ei_candidates=candidates)
+
+
+def _copy_in_memory(study: Study, trials: Sequence[FrozenTrial], sampler: BaseSampler) -> Study:
+    """The study's trials in a study of their own."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study that is made
     try:

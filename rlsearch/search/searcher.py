@@ -183,7 +183,7 @@ class StudySearcher(Searcher):
             self.why_ended = "the search space holds no further policy that meets the constraints"
             return None
         self._num_trials += 1
-        return self._study.add(proposal, self._space.search.seed)
+        return self._study.add(proposal, self._space.search.seed + proposal.repeat)
 
     def _outcome(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> Outcome:
         """How a trial ended, before its constraints are looked at."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlsearch.config import from_mapping, typed, unknown_keys
 from rlsearch.errors import Problem, suggestion
 from rlsearch.replacement import BLOCKS, BlockKind
+from rlsearch.search.sampler_settings import SamplerSettings, parse_sampler
 
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -43,7 +44,9 @@ class SearchSettings:
         seed: of the proposals and of every trial's training.
         time_budget: seconds after which no further trial starts; None for no limit.
         max_concurrent: how many trials run at once; None for as many as the resources hold.
+        sampler: who proposes, once enough is known.
         startup_trials: how many trials end before the sampler models what is good; until then it draws at random.
+        baseline_seeds: with how many seeds the baseline trains (>= 1): how far they differ is the noise of all trials.
         max_failures: the search stops when more trials than this have failed.
         min_epochs: racing's first rung; None for no racing: every trial trains to its end.
         eta: racing keeps the better 1/eta at every rung, and rungs are min_epochs * eta^k (>= 2).
@@ -53,7 +56,9 @@ class SearchSettings:
     seed: int = 0
     time_budget: float | None = None
     max_concurrent: int | None = None
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
     startup_trials: int = 10
+    baseline_seeds: int = 2
     max_failures: int = 20
     min_epochs: int | None = None
     eta: int = 3
@@ -61,6 +66,7 @@ class SearchSettings:
     def problems(self, key: str = "search") -> list[Problem]:
         """What is out of range, each with its key."""
         least = {"trials": 1, "seed": 0, "max_concurrent": 1, "startup_trials": 1, "max_failures": 0}
+        least["baseline_seeds"] = 1
         least |= {"min_epochs": 1, "eta": 2}
         found = [
             Problem(f"{key}.{name}", f"must be at least {low}, got {getattr(self, name)}")
@@ -147,7 +153,12 @@ def parse_search(content: Any, problems: list[Problem]) -> SearchSettings | None
         seconds = parse_duration(content.pop("time_budget"), "search.time_budget", problems)
         if seconds is not None:
             content["time_budget"] = seconds
-    return from_mapping(SearchSettings, content, "search", problems)
+    sampler = SamplerSettings()
+    if isinstance(content, dict) and "sampler" in content:
+        content = dict(content)
+        sampler = parse_sampler(content.pop("sampler"), problems)
+    settings = from_mapping(SearchSettings, content, "search", problems)
+    return None if settings is None else replace(settings, sampler=sampler)
 
 
 def parse_resources(content: Any, problems: list[Problem]) -> Resources | None:

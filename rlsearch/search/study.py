@@ -27,11 +27,11 @@ from optuna.trial import FrozenTrial, TrialState
 from rlsearch.errors import RunFolderError
 from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
+from rlsearch.search.observations import OUTCOME
 from rlsearch.search.outcome import Outcome
 from rlsearch.search.sampler import Proposal
 from rlsearch.training.loop import TrainingSpec
 
-_OUTCOME = "outcome"
 _SPACE = "space"
 _TARGET = "trials"
 # Optuna's own prefix of a constraint among a trial's system attributes; `Trial.set_constraint` needs a live Trial.
@@ -169,7 +169,7 @@ class RunStudy:
         for metric, violation in violations.items():
             if _CONSTRAINT + metric not in known:
                 self._storage.set_trial_system_attr(trial_id, _CONSTRAINT + metric, violation)
-        self._storage.set_trial_user_attr(trial_id, _OUTCOME, outcome.to_dict())
+        self._storage.set_trial_user_attr(trial_id, OUTCOME, outcome.to_dict())
         return self._close(trial_id, outcome)
 
     def interrupt(self, number: int) -> None:
@@ -179,8 +179,8 @@ class RunStudy:
     def reconcile(self) -> None:
         """Settles what a killed process left RUNNING: closed where its outcome is known, else in the queue."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if _OUTCOME in trial.user_attrs:
-                self._close(trial._trial_id, Outcome.from_dict(trial.user_attrs[_OUTCOME]))
+            if OUTCOME in trial.user_attrs:
+                self._close(trial._trial_id, Outcome.from_dict(trial.user_attrs[OUTCOME]))
             else:
                 self.interrupt(trial.number)
 
@@ -192,7 +192,7 @@ class RunStudy:
     def epochs(self, number: int) -> list[dict[str, Any]]:
         """The metrics of every epoch of a trial that has ended."""
         trial = self.study.get_trials(deepcopy=False)[number]
-        return [dict(row) for row in Outcome.from_dict(trial.user_attrs[_OUTCOME]).epochs]
+        return [dict(row) for row in Outcome.from_dict(trial.user_attrs[OUTCOME]).epochs]
 
     @property
     def num_trials(self) -> int:
@@ -224,7 +224,7 @@ def _planned(trial: FrozenTrial) -> PlannedTrial:
 def _record(trial: FrozenTrial) -> TrialRecord:
     """The row of a trial that has ended."""
     attributes = trial.user_attrs
-    outcome = Outcome.from_dict(attributes[_OUTCOME])
+    outcome = Outcome.from_dict(attributes[OUTCOME])
     final = outcome.final
     return TrialRecord(
         trial=trial.number,

@@ -16,8 +16,8 @@ from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.packing import timing_warning
 from rlsearch.search.policy_space import PolicySpace
-from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.variations import random_choices
 from rlsearch.training.data import known_shape, load_data
 from rlsearch.training.models import default_image_size
 

@@ -66,6 +66,10 @@ class MeasuredSegments:
         ]
         # Filled as policies ask for them.
         self._costs: dict[Hashable, SegmentCost] = {}
+        self._in_place: dict[Hashable, SegmentCost] = {}
+        self._planned: dict[Hashable, PlannedUnit] = {}
+        self._sharing: dict[str, bool] = {}
+        self._changes: dict[int, Sizes] = {}
         self._differences: dict[Hashable, Sizes] = {}
 
     def plan(self, policy: Policy) -> tuple[PlannedUnit, ...]:
@@ -74,13 +78,13 @@ class MeasuredSegments:
         Raises:
             SurgeryError: the policy cannot be applied to this model.
         """
-        find = plan if self._is_replaced else plan_untouched
-        return find(self.model, policy, self.units).replacements
+        if self._is_replaced:
+            return plan(self.model, policy, self.units).replacements
+        return plan_untouched(self.model, policy, self.units, self._planned).replacements
 
     def sizes(self, steps: Sequence[PlannedUnit]) -> Sizes:
         """The sizes of the model with the planned units in it."""
-        originals = [self.model.get_submodule(step.unit.name) for step in steps]
-        if any(self._shared.has(original) for original in originals):
+        if any(self._shares(step.unit.name) for step in steps):
             with self._placed(steps):
                 return Sizes.of(self.model)
         return sum((self._difference(step) for step in steps), self.dense)
@@ -99,21 +103,29 @@ class MeasuredSegments:
         by_segment = self._by_segment(steps)
         costs: list[SegmentCost] = []
         for index in range(cut, len(self.segments)):
-            units = by_segment.get(index, ())
-            cost = self._training_cost(index, units, costs[-1].learns if costs else False)
-            own = sum((self._difference(step) for step in units), self._segment_sizes[index])
-            borrowed = {self._place(units, name, cut): size for name, size in cost.borrowed_gradients.items()}
-            costs.append(replace(cost, own_gradients=own.learnable_bytes, borrowed_gradients=borrowed))
+            costs.append(self._cost_in_place(index, cut, by_segment.get(index, ()), bool(costs) and costs[-1].learns))
         for place, names in _early(costs).items():
-            units = by_segment.get(place + cut, ())
             needs = place > 0 and costs[place - 1].learns
-            again = self._training_cost(place + cut, units, needs, names)
-            costs[place] = replace(
-                costs[place],
-                backward_peak=again.backward_peak,
-                backward_peak_input_held=again.backward_peak_input_held,
-            )
+            costs[place] = self._cost_in_place(place + cut, cut, by_segment.get(place + cut, ()), needs, tuple(names))
         return [*costs, self._loss_cost(costs[-1].learns)]
+
+    def _cost_in_place(
+        self,
+        index: int,
+        cut: int,
+        steps: Sequence[PlannedUnit],
+        needs_input_gradient: bool,
+        early: tuple[str, ...] = (),
+    ) -> SegmentCost:
+        """A segment's cost with what depends on which segment it is; see `training`."""
+        # Steps are the same objects wherever they are equal: their ids say it all, and quickly.
+        key = index, cut, tuple(map(id, steps)), needs_input_gradient, early
+        if key not in self._in_place:
+            cost = self._training_cost(index, steps, needs_input_gradient, early)
+            own = sum((self._difference(step) for step in steps), self._segment_sizes[index])
+            borrowed = {self._place(steps, name, cut): size for name, size in cost.borrowed_gradients.items()}
+            self._in_place[key] = replace(cost, own_gradients=own.learnable_bytes, borrowed_gradients=borrowed)
+        return self._in_place[key]
 
     def segment_sizes(self, steps: Sequence[PlannedUnit]) -> list[Sizes]:
         """The sizes of each segment by itself, with the planned units in it."""
@@ -216,12 +228,21 @@ class MeasuredSegments:
         assert sources is not None  # it borrows
         return self._segment_of[self._holders[sources[0]]] - cut, f"{sources[0]}.{inner}"
 
+    def _shares(self, unit: str) -> bool:
+        """Whether a tensor of a unit is held outside of it too."""
+        if unit not in self._sharing:
+            self._sharing[unit] = self._shared.has(self.model.get_submodule(unit))
+        return self._sharing[unit]
+
     def _difference(self, step: PlannedUnit) -> Sizes:
         """What a planned unit changes in the model's sizes, by itself."""
+        if id(step) in self._changes:
+            return self._changes[id(step)]
         key = self._kinds.of_step(step)
         if key not in self._differences:
             with self._placed([step]):
                 pass  # that is where it is noted
+        self._changes[id(step)] = self._differences[key]
         return self._differences[key]
 
     @contextmanager

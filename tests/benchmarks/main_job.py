@@ -41,9 +41,9 @@ from rlsearch.results import front, read_run
 from rlsearch.search.cluster import ray_cluster
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.run import start_search
-from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace, load_space
 from rlsearch.search.trainable import TrialTrainable
+from rlsearch.search.variations import random_choices
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.trial_spec import TrialSpec
 

@@ -20,8 +20,8 @@ from rlsearch.replacement import BLOCKS, plan
 from rlsearch.results.describe import describe_policy
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.policy_space import PolicySpace
-from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace, parse_space
+from rlsearch.search.variations import random_choices
 
 Chosen = frozenset[tuple[str, str]]
 """The replaced units, each with its variant's name."""

@@ -21,8 +21,9 @@ from rlsearch.search import sampler as sampler_module
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.policy_space import PolicySpace
-from rlsearch.search.sampler import PolicySampler, Proposal, random_choices
+from rlsearch.search.sampler import PolicySampler, Proposal
 from rlsearch.search.space import parse_space
+from rlsearch.search.variations import random_choices
 
 SHAPE = (3, 16, 16)
 DIRECTIONS = ["maximize", "minimize", "minimize"]
