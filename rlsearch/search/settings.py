@@ -46,7 +46,7 @@ class SearchSettings:
         startup_trials: how many trials end before the sampler models what is good; until then it draws at random.
         max_failures: the search stops when more trials than this have failed.
         min_epochs: racing's first rung; None for no racing: every trial trains to its end.
-        eta: racing keeps the better 1/eta at every rung, and rungs are min_epochs * eta^k (>= 2).
+        eta: racing's rungs are min_epochs * eta^k, and fewer trials than this at one are not compared (>= 2).
     """
 
     trials: int = 40
