@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlsearch.results.comparison import control_verdicts, savings
 from rlsearch.results.pareto import hypervolume, knee, nondominated_ranks, pareto_front, to_losses
+from rlsearch.results.racing import racing_figures
 from rlsearch.results.run_summary import summary
 from rlsearch.results.selection import baseline, candidates, front, normalised_hypervolume, record_of, select
 from rlsearch.results.tables import (
@@ -34,6 +35,7 @@ __all__ = [
     "normalised_hypervolume",
     "pareto_front",
     "parse_where",
+    "racing_figures",
     "read_epochs",
     "read_run",
     "read_trials",

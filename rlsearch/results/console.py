@@ -22,6 +22,7 @@ from rlsearch.results.describe import (
     describe_value,
     is_shared_time,
 )
+from rlsearch.results.racing import racing_figures
 from rlsearch.results.selection import (
     Selection,
     baseline,
@@ -123,6 +124,8 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
         lines.append(Text(SHARED_NOTE, style="yellow"))
     for verdict in control_verdicts(run, chosen):
         lines.append(Text(f"  {verdict.sentence}", style="" if verdict.verdict == BEATS else "yellow"))
+    for rung in racing_figures(run) or ():
+        lines.append(Text(f"racing {rung.sentence}", style="yellow" if rung.is_poor else ""))
     return lines
 
 

@@ -26,6 +26,7 @@ from rlsearch.results.describe import (
 from rlsearch.results.dropping import dropping_sentence
 from rlsearch.results.dropping_charts import departures_chart, dropping_chart
 from rlsearch.results.figures import front_png, run_title
+from rlsearch.results.racing import POOR_CORRELATION, racing_figures
 from rlsearch.results.selection import (
     REFERENCE_FACTOR,
     Selection,
@@ -101,6 +102,7 @@ def _body(run: Run, pick: Selection) -> Iterable[str]:
     ]
     if small:
         yield page.columns(*small)
+    yield from _racing_section(run)
     yield _failures_section(run)
     yield page.section("All trials and the search space", _all_trials(run), _space(run))
 
@@ -115,6 +117,11 @@ _CURVES = "On the validation split. Orange: the pick; black: the baseline; blue:
 _DROPPING = (
     "Layers in forward order, from the top. Blue: it learned in that epoch; grey: it had left training. Below, the "
     "memory of a training step and the accuracy, by epoch."
+)
+_RACING = (
+    "Trials that had next to no chance of improving the front were stopped at these epochs. The correlation (Kendall's "
+    "tau-b) between the accuracy there and at the end, over the trials trained in full, says how far that can be "
+    f"trusted; below {POOR_CORRELATION:g} fewer are stopped."
 )
 _DEPARTURES = "All trials of the front with Learn&Drop: the darker a layer, the more epochs it learned."
 
@@ -206,6 +213,21 @@ def _dropping_section(run: Run, pick: Selection) -> Iterable[str]:
     if len(told) > 1:
         parts += [page.text(_DEPARTURES), page.chart(departures_chart(told, pick), "departures-chart")]
     yield page.section("When layers left training", *parts, note=_DROPPING)
+
+
+def _racing_section(run: Run) -> Iterable[str]:
+    """The rungs, and how far they could be trusted; nothing where trials were not raced."""
+    found = racing_figures(run)
+    if not found:
+        return
+    rows = []
+    for rung in found:
+        correlation = page.Cell(
+            "–" if rung.correlation is None else f"{rung.correlation:.2f}", "poor" if rung.is_poor else ""
+        )
+        rows.append(page.Row((str(rung.epoch), str(rung.stopped), str(rung.trials), correlation)))
+    head = ["after epoch", "stopped", "trained in full", "rank correlation with the end"]
+    yield page.section("Racing", page.table(head, rows, range(4)), note=_RACING)
 
 
 def _failures_section(run: Run) -> str:

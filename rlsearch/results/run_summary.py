@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rlsearch.results.departures import departures_of
+from rlsearch.results.racing import racing_figures
 from rlsearch.results.selection import (
     baseline,
     counts,
@@ -47,7 +48,14 @@ def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dic
         "counts": counts(run),
         "hypervolume": normalised_hypervolume(run),
         "selected": {"trial": selected.trial, "why": selected.why},
+        "racing": _racing(run),
     }
+
+
+def _racing(run: Run) -> dict[str, Any] | None:
+    """The rungs of a run whose trials were raced."""
+    found = racing_figures(run)
+    return None if found is None else {"rungs": [asdict(rung) for rung in found]}
 
 
 def _learn_drop(run: Run, record: TrialRecord) -> dict[str, Any] | None:

@@ -24,6 +24,8 @@ from rlsearch.search.study import PlannedTrial, RunStudy
 from rlsearch.search.worker import Job
 from rlsearch.training.trial_spec import TrialSpec
 
+# Of trials that are trained only as far as it takes to compare layers.
+_SENSITIVITY = "sensitivity"
 _DETAIL_LINES = 12
 _REASON_LENGTH = 250
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -155,6 +157,10 @@ class StudySearcher(Searcher):
         """Whether a trial is one that all others are compared with, never to be raced out."""
         return self._running[trial_id].origin != SAMPLER
 
+    def is_probe(self, trial_id: str) -> bool:
+        """Whether a trial is to train to racing's first rung and no further."""
+        return self._running[trial_id].origin == _SENSITIVITY
+
     def release(self) -> int:
         """Puts what still runs into the queue of a later resume; how many that were."""
         unfinished = [*self._running.values(), *(planned for planned, _ in self._held)]
@@ -219,6 +225,8 @@ class StudySearcher(Searcher):
             bounds = {constraint.metric: str(constraint) for constraint in self._space.constraints}
             told = ", ".join(f"{name} must be {bounds[name]}, is {outcome.final[name]:g}" for name in broken)
             outcome = Outcome("INFEASIBLE", outcome.epochs, f"{CONSTRAINT}: {told}", outcome.detail)
+        if self.racing is not None:
+            self.racing.learn(outcome.epochs, outcome.state)
         record = self._study.finish(planned.number, outcome, violations)
         self.records[record.trial] = record
         records = [self.records[number] for number in sorted(self.records)]

@@ -96,7 +96,7 @@ class SearchSession:
             progress,
             None if budget is None else started + budget,
         )
-        searcher.racing = self._racing(searcher.is_protected)
+        searcher.racing = self._racing(searcher.is_protected, searcher.is_probe)
         with stop_requests() as request, progress:
             watch = _Watch(request, progress)
             searcher.error_of = watch.error_of
@@ -159,16 +159,14 @@ class SearchSession:
             cpu=self._slots.cpu,
         )
 
-    def _racing(self, protected: Callable[[str], bool]) -> Racing | None:
+    def _racing(self, protected: Callable[[str], bool], probes: Callable[[str], bool]) -> Racing | None:
         settings = self._space.search
         if settings.min_epochs is None:
             return None
-        racing = Racing(
-            settings.min_epochs, settings.eta, self._space.training.epochs, self._space.objectives, protected
-        )
+        epochs = self._space.training.epochs
+        racing = Racing(settings.min_epochs, settings.eta, epochs, self._space.objectives, protected, probes)
         for record in self._study.records():
-            for row in self._study.epochs(record.trial):
-                racing.remember(row)
+            racing.remember(f"trial {record.trial}", self._study.epochs(record.trial), record.state)
         return racing
 
 

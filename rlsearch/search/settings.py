@@ -49,7 +49,7 @@ class SearchSettings:
         baseline_seeds: with how many seeds the baseline trains (>= 1): how far they differ is the noise of all trials.
         max_failures: the search stops when more trials than this have failed.
         min_epochs: racing's first rung; None for no racing: every trial trains to its end.
-        eta: racing keeps the better 1/eta at every rung, and rungs are min_epochs * eta^k (>= 2).
+        eta: racing's rungs are min_epochs * eta^k, and fewer trials than this at one are not compared (>= 2).
     """
 
     trials: int = 40

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,11 @@ def test_a_measured_constraint_makes_a_trial_infeasible_and_steers_the_sampler(t
 
 
 def test_a_raced_out_trial_is_pruned_and_never_complete(search: Search) -> None:
-    racing = Racing(1, 2, 2, search.space.objectives, search.searcher.is_protected)
-    search.searcher.racing = racing
+    racing = _racing(search, num_known=8)
     for trial_id in "abcde":
         search.start(trial_id)
         accuracy = 0.5 if trial_id == "e" else 0.9
-        decision = racing.on_trial_result(None, _tune_trial(trial_id), dict(rows(1, accuracy=accuracy)[0]))
-        assert decision == ("STOP" if trial_id == "e" else "CONTINUE")
+        assert _ask(racing, trial_id, accuracy) == ("STOP" if trial_id == "e" else "CONTINUE")
     outcome = Outcome("RUNNING", rows(1, accuracy=0.5))
     search.searcher.on_trial_complete("e", {**outcome.final, "outcome": outcome, "done": True})
     (record,) = read_trials(search.folder.trials_path)
@@ -218,6 +217,29 @@ def test_a_raced_out_trial_is_pruned_and_never_complete(search: Search) -> None:
     assert record.reason.startswith("raced out after epoch 1")
     assert search.states()[4] == "PRUNED"
     assert search.study.study.trials[4].values is None
+
+
+def test_racing_learns_from_a_trial_that_ends(search: Search) -> None:
+    racing = _racing(search, num_known=7)
+    for trial_id in "abcd":  # the first three are protected
+        search.start(trial_id)
+    assert _ask(racing, "d", 0.5) == "CONTINUE"  # seven are too few to judge by
+    search.end("a", accuracy=0.8)
+    assert _ask(racing, "d", 0.5) == "STOP"
+
+
+def test_a_trial_of_the_sensitivities_is_a_probe_and_no_other_is(search: Search) -> None:
+    for trial_id in "abcd":
+        search.start(trial_id)
+    assert [search.searcher.is_probe(trial_id) for trial_id in "abcd"] == [False] * 4
+    search.searcher._running["d"] = replace(search.searcher._running["d"], origin="sensitivity")
+    assert search.searcher.is_probe("d")
+    outcome = Outcome("RUNNING", rows(1))
+    racing = _racing(search, num_known=0)
+    assert _ask(racing, "d", 0.9) == "STOP"
+    search.searcher.on_trial_complete("d", {**outcome.final, "outcome": outcome, "done": True})
+    search.end("a")
+    assert search.states() == ["COMPLETE", "RUNNING", "RUNNING", "PRUNED"]
 
 
 def test_no_trial_starts_after_the_time_budget(tmp_path: Path, prepared: Prepared) -> None:
@@ -320,6 +342,24 @@ def test_a_damaged_study_is_named(search: Search) -> None:
 def test_an_outcome_survives_the_way_into_the_study_and_back() -> None:
     for outcome in (Outcome("COMPLETE", rows(2), "a note", "detail"), Outcome("FAIL", (), "no epochs")):
         assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
+
+
+def _racing(search: Search, num_known: int) -> Racing:
+    """Racing of the search, which has seen trials of the baseline's costs gain 0.1 from epoch to epoch."""
+    is_protected, is_probe = search.searcher.is_protected, search.searcher.is_probe
+    racing = Racing(1, 2, 2, search.space.objectives, is_protected, is_probe)
+    for index in range(num_known):
+        first, last = rows(2, accuracy=0.6 + 0.01 * index)
+        racing.remember(f"known {index}", (first, {**last, "accuracy": 0.7 + 0.01 * index}), "COMPLETE")
+    search.searcher.racing = racing
+    return racing
+
+
+def _ask(racing: Racing, trial_id: str, accuracy: float) -> str:
+    """Racing's answer after a trial's first epoch; the trial has more parameters than all others."""
+    return racing.on_trial_result(
+        None, _tune_trial(trial_id), {**rows(1, accuracy=accuracy, params=900_000, train_flops=9e10)[0]}
+    )
 
 
 def _tune_trial(trial_id: str) -> Any:
