@@ -27,9 +27,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "torchvision", "sklearn", "filelock"},
     ),
     "results": (BASE | {"results"}, {"tensorboard", "moocore", "plotly", "matplotlib"}),
+    "run_lock": ({"errors"}, {"filelock"}),
     "search": (
-        BASE | {"model_graph", "replacement", "training", "results", "search"},
-        {"torch", "ray", "optuna", "filelock"},
+        BASE | {"model_graph", "replacement", "training", "results", "run_lock", "search"},
+        {"torch", "ray", "optuna"},
     ),
     "export": (BASE | {"replacement", "training", "results"}, {"torch"}),
 }
