@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "ray", "optuna"},
     ),
     "export": (BASE | {"replacement", "training", "results"}, {"torch"}),
+    "confirm": (BASE | {"training", "results", "run_lock", "export"}, {"torch"}),
 }
 # `Policy.preset` hands over to what makes it, inside the method; torch it names for the type checker alone.
 EXCEPTIONS = {("policy.py", "rlsearch.replacement.presets"), ("policy.py", "torch")}
