@@ -20,13 +20,15 @@ from rlsearch.config import from_mapping
 from rlsearch.errors import ConfigError, ModelError, Problem, RlsearchError, UserError
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import apply_policy, materialize
+from rlsearch.results.confirmed_words import confirmed_section
 from rlsearch.results.describe import describe_difference, describe_policy, describe_value
 from rlsearch.results.selection import baseline, policy_of, record_of
 from rlsearch.results.tables import Run, TrialRecord
 from rlsearch.training.checkpoint import load_weights, save_weights
 from rlsearch.training.data import DataSpec, ImageData, ImageSplit, load_data, load_test
+from rlsearch.training.image_batches import ImageBatches
 from rlsearch.training.image_stream import StreamSplit
-from rlsearch.training.loop import TrainingSpec, evaluate, resolve_precision
+from rlsearch.training.loop import Pass, TrainingSpec, evaluate, resolve_precision
 from rlsearch.training.models import build_spec
 from rlsearch.training.stream_data import open_images
 from rlsearch.training.trial import EVALUATION_BATCH
@@ -96,7 +98,7 @@ def export_trial(run: Run, trial: int, out: Path, *, model: str | None = None) -
         raise UserError(f"{out} exists; export to a new folder, nothing is written over")
     policy = policy_of(record)
     spec = named_model(policy, model, f"the policy of trial {trial}")
-    data_spec, training = _settings(run, record)
+    data_spec, training = settings_of(run, record)
     weights = run.folder / "checkpoints" / f"trial-{trial:05d}" / WEIGHTS_FILE
     data = load_data(data_spec)
     trained = _replaced(spec, policy, data.input_shape)
@@ -134,7 +136,7 @@ def _measure(
     rebuilt = load_exported(draft, model).to(device).to(memory_format=torch.channels_last)
     images = open_images(data, device)
     validation = evaluate(rebuilt, images.validation_batches(EVALUATION_BATCH), precision=precision, device=device)
-    tested = evaluate(rebuilt, images.split_batches(test, EVALUATION_BATCH), precision=precision, device=device)
+    tested = measure_test(rebuilt, images, test, training)
     expected = round(record.accuracy * validation.num_images)
     if not note and validation.num_correct != expected:
         raise RlsearchError(
@@ -143,6 +145,25 @@ def _measure(
             "the weights or the data have changed since"
         )
     return ExportReport(out, record.trial, record.accuracy, validation.accuracy, tested.accuracy, note)
+
+
+def measure_test(
+    model: nn.Module, images: ImageBatches, test: ImageSplit | StreamSplit, training: TrainingSpec
+) -> Pass:
+    """A trained model on the test split: what an export and a confirmation report.
+
+    Args:
+        model: on the device of ``images``.
+        images: of the training, whose normalisation the test images get.
+        test: from `rlsearch.training.data.load_test`.
+        training: whose precision is used.
+
+    Raises:
+        DataError: the test images have another shape than the training images.
+    """
+    precision = resolve_precision(training.precision, images.device)
+    batches = images.split_batches(test, EVALUATION_BATCH)
+    return evaluate(model, batches, precision=precision, device=images.device)
 
 
 def _replaced(spec: ModelSpec, policy: Policy, input_shape: Sequence[int] | None) -> nn.Module:
@@ -174,8 +195,12 @@ def named_model(policy: Policy, model: str | None, source: str) -> ModelSpec:
     return spec
 
 
-def _settings(run: Run, record: TrialRecord) -> tuple[DataSpec, TrainingSpec]:
-    """Data and training of a trial, as the run wrote them down."""
+def settings_of(run: Run, record: TrialRecord) -> tuple[DataSpec, TrainingSpec]:
+    """Data and training of a trial, as the run wrote them down.
+
+    Raises:
+        ConfigError: the run's files hold no such settings.
+    """
     problems: list[Problem] = []
     data = from_mapping(DataSpec, run.space.get("data"), "data", problems)
     training = from_mapping(TrainingSpec, json.loads(record.training), "training", problems)
@@ -221,6 +246,7 @@ def _card(run: Run, record: TrialRecord, report: ExportReport, policy: Policy, d
         validation=describe_value("accuracy", report.validation_accuracy),
         test=describe_value("accuracy", report.test_accuracy),
         note=f"\n{report.note[0].upper()}{report.note[1:]}.\n" if report.note else "",
+        confirmed=confirmed_section(run, record.trial),
         epochs=record.fidelity,
         seed=record.seed,
         device=record.device,
@@ -243,7 +269,7 @@ Policy: {policy}
 Both were trained for {epochs} epochs with seed {seed} on {device}; one seed, so differences within the seeds' spread
 mean nothing. Accuracy in the table is on the validation split that the search chose by. Rebuilt from these files alone,
 the model has {validation} on that split, and {test} on the test split, which the search never saw.
-{note}
+{note}{confirmed}
 ## Use
 
 The trained model, as plain PyTorch modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from rlsearch import DataSpec, LearnDrop, ModelSpec, Policy, Replacement, Traini
 from rlsearch.errors import ModelError, RlsearchError, UserError
 from rlsearch.export import export_trial, load_exported
 from rlsearch.replacement import materialize
+from rlsearch.results.confirmed import ConfirmedTraining, write_confirmed
 from rlsearch.results.tables import TrialRecord, read_run, write_trials
 from rlsearch.training.checkpoint import save_weights
 from rlsearch.training.data import load_data
@@ -94,6 +96,17 @@ def test_an_export_is_the_trained_model(run: tuple[Path, Trial], tmp_path: Path)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "scalar layer1.1" in card
     assert f"{100 * report.test_accuracy:.2f} %" in card
+
+
+def test_the_card_tells_what_was_confirmed(run: tuple[Path, Trial], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run[0], tmp_path / "run"))
+    policy = read_run(folder).records[0].policy_hash
+    rows = [ConfirmedTraining(0, policy, seed, test_accuracy=0.9 + seed / 100, params=1) for seed in (1, 2, 3)]
+    write_confirmed(folder / "confirmed.parquet", rows)
+    export_trial(read_run(folder), 0, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n## Confirmed with new seeds\n\n- this policy: on the test split 92.00 ± 2.48 % over 3 trainings" in card
+    assert card.index("## Confirmed") < card.index("\n\n## Use\n")
 
 
 def test_nothing_is_written_over(run: tuple[Path, Trial], tmp_path: Path) -> None:

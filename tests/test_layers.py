@@ -27,11 +27,13 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "torchvision", "sklearn", "filelock"},
     ),
     "results": (BASE | {"results"}, {"tensorboard", "moocore", "plotly", "matplotlib"}),
+    "run_lock": ({"errors"}, {"filelock"}),
     "search": (
-        BASE | {"model_graph", "replacement", "training", "results", "search"},
-        {"torch", "ray", "optuna", "filelock"},
+        BASE | {"model_graph", "replacement", "training", "results", "run_lock", "search"},
+        {"torch", "ray", "optuna"},
     ),
     "export": (BASE | {"replacement", "training", "results"}, {"torch"}),
+    "confirm": (BASE | {"training", "results", "run_lock", "export"}, {"torch"}),
 }
 # `Policy.preset` hands over to what makes it, inside the method; torch it names for the type checker alone.
 EXCEPTIONS = {("policy.py", "rlsearch.replacement.presets"), ("policy.py", "torch")}

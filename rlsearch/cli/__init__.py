@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from rlsearch._version import __version__
+from rlsearch.cli.confirm import confirm
 from rlsearch.cli.ctrl_c import EXIT_CODE, handle_ctrl_c
 from rlsearch.cli.doctor import doctor
 from rlsearch.cli.export import export
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (validate, profile, search, resume, pareto, report, export, train, doctor):
+for command in (validate, profile, search, resume, pareto, report, confirm, export, train, doctor):
     app.command()(command)
 
 

@@ -96,6 +96,7 @@ def show_result(result: SearchResult, run_dir: Path, console: Console, as_json: 
     console.print(
         "next:\n"
         f"  rlsearch export {folder} --out policy        the knee's policy and weights, measured again\n"
+        f"  rlsearch confirm {folder}                    the front again with new seeds, on the test split\n"
         f'  rlsearch pareto {folder} --where "accuracy>=0.9" --select params\n'
         f"  rlsearch resume {folder} --trials +20\n"
         f"  tensorboard --logdir {folder}/tensorboard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlsearch.results.comparison import control_verdicts, savings
+from rlsearch.results.confirmation import confirmations
 from rlsearch.results.pareto import hypervolume, knee, nondominated_ranks, pareto_front, to_losses
 from rlsearch.results.racing import racing_figures
 from rlsearch.results.run_summary import summary
@@ -27,6 +28,7 @@ __all__ = [
     "TrialRecord",
     "baseline",
     "candidates",
+    "confirmations",
     "control_verdicts",
     "front",
     "hypervolume",

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsearch.results.comparison import BEATS, control_verdicts
+from rlsearch.results.confirmation import Confirmation, confirmations
+from rlsearch.results.confirmed_words import confirmed_line, describe_chance, describe_confirmation, describe_width
 from rlsearch.results.departures import Departures, departures_of, when_left
 from rlsearch.results.describe import (
     DROPPING,
@@ -37,6 +39,10 @@ from rlsearch.results.selection import (
 from rlsearch.results.tables import Run, TrialRecord
 from rlsearch.results.where import Condition
 
+# A terminal of fewer columns shows what is confirmed in a table of its own: policies need their place.
+_WIDE = 100
+_CONFIRMED = ("on test", "P(front)")
+
 
 def render_front(
     run: Run, console: Console, selected: Selection | None = None, where: Sequence[Condition] = ()
@@ -53,7 +59,10 @@ def render_front(
         UserError, RunFolderError: as `rlsearch.results.select`, where ``selected`` is None.
     """
     pick = selected or select(run, where=where)
-    console.print(front_table(run, pick, where))
+    is_wide = console.width >= _WIDE
+    console.print(front_table(run, pick, where, confirmed=is_wide))
+    if confirmations(run) and not is_wide:
+        console.print(confirmed_columns(run, pick, where))
     dropping = learn_drop_table(run, pick, where)
     if dropping.row_count:
         console.print(dropping)
@@ -61,22 +70,38 @@ def render_front(
         console.print(line)
 
 
-def front_table(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> Table:
-    """The front as a table: each value above its difference to the baseline; a star marks the pick."""
+def front_table(run: Run, pick: Selection, where: Sequence[Condition] = (), *, confirmed: bool = True) -> Table:
+    """The front as a table: each value above its difference to the baseline; a star marks the pick.
+
+    Where trials are confirmed, and ``confirmed`` is set, two columns more: those of `confirmed_columns`.
+    """
     reference = baseline(run)
+    known = confirmations(run) if confirmed else {}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     table.add_column("trial", justify="right", no_wrap=True)
     for name in run.objectives:
         table.add_column(LABELS[name], justify="right", no_wrap=True)
+    for title in _CONFIRMED if known else ():
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("policy", overflow="fold")
-    rows = front(run, where)
-    if reference is not None:
-        rows = [reference, *(record for record in rows if record.trial != reference.trial)]
-    for record in rows:
-        style = "bold" if record.trial == pick.trial else ""
+    for record in _rows(run, where):
+        number, style = _number(record, pick)
         cells = [_cell(name, record, reference) for name in run.objectives]
-        number = f"★ {record.trial}" if record.trial == pick.trial else str(record.trial)
+        cells += _confirmed_cells(known.get(record.trial)) if known else []
         table.add_row(Text(number), *cells, Text(_title(record, reference)), style=style)
+    return table
+
+
+def confirmed_columns(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> Table:
+    """What is confirmed of the front: the mean on the test split above the half of its 95 % interval, and the
+    probability to be on the true front."""
+    table = Table(title="Confirmed", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="")
+    for title in ("trial", *_CONFIRMED):
+        table.add_column(title, justify="right", no_wrap=True)
+    known = confirmations(run)
+    for record in _rows(run, where):
+        number, style = _number(record, pick)
+        table.add_row(Text(number), *_confirmed_cells(known.get(record.trial)), style=style)
     return table
 
 
@@ -97,7 +122,7 @@ def learn_drop_table(run: Run, pick: Selection, where: Sequence[Condition] = ())
             continue
         found = departures_of(run, record)
         values = [describe_metric(name, record) for name in DROPPING]
-        number, style = (f"★ {record.trial}", "bold") if record.trial == pick.trial else (str(record.trial), "")
+        number, style = _number(record, pick)
         table.add_row(Text(number), _left(record, found), *values, _memory(record, found), style=style)
     return table
 
@@ -120,6 +145,12 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
         Text(f"★ trial {pick.trial} is {pick.why}", style="bold"),
         Text(f"  against the end-to-end baseline: {describe_savings(run, chosen)}"),
     ]
+    confirmed = confirmations(run).get(chosen.trial)
+    if confirmed is not None:
+        lines.append(Text(f"  {describe_confirmation(confirmed)}"))
+    told = confirmed_line(run)
+    if told is not None:
+        lines.append(Text(told))
     if any(is_shared_time(name, record) for name in run.objectives for record in members):
         lines.append(Text(SHARED_NOTE, style="yellow"))
     for verdict in control_verdicts(run, chosen):
@@ -127,6 +158,28 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
     for rung in racing_figures(run) or ():
         lines.append(Text(f"racing {rung.sentence}", style="yellow" if rung.is_poor else ""))
     return lines
+
+
+def _rows(run: Run, where: Sequence[Condition]) -> list[TrialRecord]:
+    """The baseline, and the rest of the front."""
+    reference, members = baseline(run), front(run, where)
+    if reference is None:
+        return members
+    return [reference, *(record for record in members if record.trial != reference.trial)]
+
+
+def _number(record: TrialRecord, pick: Selection) -> tuple[str, str]:
+    """A trial's number, with a star for the pick, and the style of its row."""
+    return (f"★ {record.trial}", "bold") if record.trial == pick.trial else (str(record.trial), "")
+
+
+def _confirmed_cells(found: Confirmation | None) -> list[Text]:
+    """What the table says of a trial on the test split."""
+    if found is None or found.accuracy is None:
+        return [Text("–"), Text("–")]
+    shown = Text(describe_value("accuracy", found.accuracy.mean))
+    width = describe_width(found.accuracy)
+    return [shown.append(f"\n{width}", style="dim not bold") if width else shown, Text(describe_chance(found.chance))]
 
 
 def _left(record: TrialRecord, found: Departures | None) -> str:

@@ -150,6 +150,15 @@ def describe_savings(run: Run, record: TrialRecord) -> str:
     return ", ".join(parts)
 
 
+def describe_duration(seconds: float) -> str:
+    """A time to the second, or from an hour on to the minute, as in ``4m07s`` and ``2h05m``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
 def training_of(record: TrialRecord) -> dict[str, Any]:
     """The training settings of a trial by name; empty where the table holds none."""
     content = json.loads(record.training or "{}")

@@ -12,6 +12,9 @@ from rlsearch.files import write_atomic
 from rlsearch.results import page
 from rlsearch.results.charts import curves_chart, front_chart, hypervolume_chart, row_label, units_chart
 from rlsearch.results.comparison import BEATS, control_verdicts
+from rlsearch.results.confirmation import confirmations
+from rlsearch.results.confirmed_views import confirmed_page
+from rlsearch.results.confirmed_words import describe_confirmation
 from rlsearch.results.departures import departures_of, describe_departures, epochs_of
 from rlsearch.results.describe import (
     HEADLINE,
@@ -84,6 +87,7 @@ def _body(run: Run, pick: Selection) -> Iterable[str]:
         _front_table(run, pick),
         note=f"Below each value, the difference to the baseline.{_times(run)}",
     )
+    yield from confirmed_page(run, pick)
     units = units_chart(run, pick)
     if units is not None:
         yield page.section(
@@ -143,6 +147,7 @@ def _times(run: Run) -> str:
 def _pick_section(run: Run, pick: Selection) -> str:
     """The pick in figures, why it is the pick, and whether it beats its controls."""
     chosen, reference = record_of(run, pick.trial), baseline(run)
+    confirmed = confirmations(run).get(pick.trial)
     names = [*reversed(HEADLINE), *(name for name in run.objectives if name not in HEADLINE)]
     items = [_card(name, chosen, reference) for name in names]
     verdicts = [(item.sentence, "" if item.verdict == BEATS else "warn") for item in control_verdicts(run, chosen)]
@@ -151,8 +156,12 @@ def _pick_section(run: Run, pick: Selection) -> str:
         page.preformatted(describe_trial(chosen, reference)),
         page.cards(items),
         page.text(f"It is {pick.why}. Against the end-to-end baseline: {describe_savings(run, chosen)}."),
+        *([] if confirmed is None else [page.text(f"Confirmed: {describe_confirmation(confirmed)}.")]),
         page.bullets(verdicts),
-        page.text("Each trial was trained once: differences within the noise between seeds decide nothing.", "muted"),
+        page.text(
+            "In the search each trial was trained once: differences within the noise between seeds decide nothing.",
+            "muted",
+        ),
     )
 
 

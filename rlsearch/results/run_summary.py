@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlsearch.results.confirmation import Estimate, confirmations
 from rlsearch.results.departures import departures_of
 from rlsearch.results.racing import racing_figures
 from rlsearch.results.selection import (
@@ -34,7 +35,8 @@ def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dic
         "objectives": dict(run.objectives),
         "baseline": None
         if reference is None
-        else {"trial": reference.trial, "values": values_of(run, reference), "packed": reference.packed},
+        else {"trial": reference.trial, "values": values_of(run, reference), "packed": reference.packed}
+        | {"confirmed": confirmed_entry(run, reference.trial)},
         "front": [
             {
                 "trial": record.trial,
@@ -42,6 +44,7 @@ def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dic
                 "values": values_of(run, record),
                 "learn_drop": _learn_drop(run, record),
                 "packed": record.packed,
+                "confirmed": confirmed_entry(run, record.trial),
             }
             for record in front(run, where)
         ],
@@ -56,6 +59,28 @@ def _racing(run: Run) -> dict[str, Any] | None:
     """The rungs of a run whose trials were raced."""
     found = racing_figures(run)
     return None if found is None else {"rungs": [asdict(rung) for rung in found]}
+
+
+def confirmed_entry(run: Run, trial: int) -> dict[str, Any] | None:
+    """What `rlsearch confirm` found about a trial; None where it was not trained again."""
+    found = confirmations(run).get(trial)
+    if found is None:
+        return None
+    return {
+        "seeds": list(found.seeds),
+        "diverged": found.num_diverged,
+        "accuracy": _estimate(found.accuracy),
+        "difference": _estimate(found.difference),
+        "front_probability": found.chance,
+    }
+
+
+def _estimate(found: Estimate | None) -> dict[str, Any] | None:
+    """A mean in plain types, with the 95 % interval where there is one."""
+    if found is None:
+        return None
+    ends = found.interval
+    return {"mean": found.mean, "sd": found.sd, "interval": None if ends is None else list(ends), "n": found.num}
 
 
 def _learn_drop(run: Run, record: TrialRecord) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from rlsearch.errors import RunFolderError, UserError, suggestion
 from rlsearch.policy import Policy
 from rlsearch.results import pareto
+from rlsearch.results.confirmation import confirmations
 from rlsearch.results.tables import STATES, Run, TrialRecord
 from rlsearch.results.where import Condition
 
@@ -104,6 +106,9 @@ def normalised_hypervolume(run: Run) -> float | None:
 def select(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> Selection:
     """The pick: a trial on the front.
 
+    Where accuracy is an objective and every trial of the front is confirmed (`rlsearch confirm`), the accuracies that
+    decide are the confirmed ones: means over several trainings, on the test split. The front stays the search's own.
+
     Args:
         run: the run.
         key: ``knee`` (`rlsearch.results.pareto.knee`), or an objective whose best trial is wanted; of several that are
@@ -119,20 +124,22 @@ def select(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> Sele
     members = sorted(_front_or_error(run, where), key=lambda record: record.trial)
     if len(members) == 1:
         return Selection(members[0].trial, "the only trial on the front")
-    losses = losses_of(run, members)
+    confirmed = _as_confirmed(run, members)
+    losses = losses_of(run, members if confirmed is None else confirmed)
+    by_what = "" if confirmed is None else "; its accuracy as confirmed on the test split"
     if key == "knee":
         index = pareto.knee(losses)
         distance = pareto.distances_to_ideal(losses)[index]
         return Selection(
             members[index].trial,
             f"the knee: of the {len(members)} trials on the front the nearest to the ideal point "
-            f"(distance {distance:.2f}, with every objective scaled to [0, 1])",
+            f"(distance {distance:.2f}, with every objective scaled to [0, 1]){by_what}",
         )
     column = losses[:, list(run.objectives).index(key)]
     best = np.flatnonzero(column == column.min())
     index = best[np.argmin(pareto.distances_to_ideal(losses)[best])]
     equals = "" if len(best) == 1 else f"; of {len(best)} equal ones the nearest to the ideal point"
-    return Selection(members[index].trial, f"the best {key} on the front{equals}")
+    return Selection(members[index].trial, f"the best {key} on the front{equals}{by_what}")
 
 
 def counts(run: Run) -> dict[str, int]:
@@ -200,6 +207,19 @@ def _front_or_error(run: Run, where: Sequence[Condition]) -> list[TrialRecord]:
         else ""
     )
     raise RunFolderError(f"{run.folder}: no trial is complete, so there is no front: {ended}{why}")
+
+
+def _as_confirmed(run: Run, members: Sequence[TrialRecord]) -> list[TrialRecord] | None:
+    """The records with their confirmed accuracies; None where accuracy decides nothing, or one is not confirmed."""
+    known = confirmations(run) if "accuracy" in run.objectives and run.confirmed else {}
+    accuracies = [
+        item.accuracy.mean
+        for record in members
+        if (item := known.get(record.trial)) is not None and item.is_confirmed and item.accuracy is not None
+    ]
+    if len(accuracies) < len(members):
+        return None
+    return [replace(record, accuracy=mean) for record, mean in zip(members, accuracies, strict=True)]
 
 
 def _range(records: Sequence[TrialRecord], name: str) -> str:

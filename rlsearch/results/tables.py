@@ -1,69 +1,50 @@
 """The tables of a run: ``trials.parquet``, one row a trial, and ``epochs/trial-NNNNN.parquet``, one row an epoch.
 
-One schema a table, in one place. Every table carries the SHA-256 of its rows, so that a torn or flipped byte is
-noticed and never becomes a wrong front. The tables are written from the study, which stays the one source of truth.
+One schema a table, in one place. They are written from the study, which stays the one source of truth.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from rlsearch.errors import RunFolderError, suggestion
-from rlsearch.files import replacing
+from rlsearch.results.confirmed import ConfirmedTraining, confirmed_path, read_confirmed
+from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, damaged, read_rows, write_rows
+from rlsearch.results.table_file import METRICS as METRICS
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "INFEASIBLE")
 DIRECTIONS = ("maximize", "minimize")
 ORIGINS = ("baseline", "baseline repeat", "skip control", "freeze control", "sensitivity", "sampler")
-METRICS = (
-    "accuracy",
-    "params",
-    "params_total",
-    "memory",
-    "memory_predicted",
-    "train_flops",
-    "forward_flops",
-    "forward_share",
-    "mean_learnable_params",
-    "train_seconds",
-    "samples_per_second",
-)
-"""The columns that may be objectives, and that ``--where`` and ``--select`` know."""
+_REMEDY = "`rlsearch resume` on the run writes it anew from the study"
 
-_INTEGER, _NUMBER, _TEXT, _TIME = pa.int64(), pa.float64(), pa.string(), pa.timestamp("us", tz="UTC")
-_NAMES = pa.list_(_TEXT)
-_METRIC_TYPES = {name: _INTEGER if name.startswith(("params", "memory")) else _NUMBER for name in METRICS}
 _TRIALS = pa.schema(
-    {"trial": _INTEGER, "state": _TEXT, "origin": _TEXT, "reason": _TEXT, "policy": _TEXT, "policy_hash": _TEXT}
-    | {"training": _TEXT, "seed": _INTEGER, "fidelity": _INTEGER}
-    | _METRIC_TYPES
+    {"trial": INTEGER, "state": TEXT, "origin": TEXT, "reason": TEXT, "policy": TEXT, "policy_hash": TEXT}
+    | {"training": TEXT, "seed": INTEGER, "fidelity": INTEGER}
+    | METRIC_TYPES
     | {
-        "dropped_units": _INTEGER,
-        "step_memory": _INTEGER,
-        "device": _TEXT,
-        "packed": _INTEGER,
-        "started": _TIME,
-        "ended": _TIME,
+        "dropped_units": INTEGER,
+        "step_memory": INTEGER,
+        "device": TEXT,
+        "packed": INTEGER,
+        "started": TIME,
+        "ended": TIME,
     }
 )
 _EPOCHS = pa.schema(
-    {"epoch": _INTEGER, "epochs": _INTEGER}
-    | _METRIC_TYPES
-    | {"validation_loss": _NUMBER, "train_loss": _NUMBER, "lr": _NUMBER, "dropped_units": _INTEGER}
-    | {"learnable_params": _INTEGER, "step_memory": _INTEGER, "learning": _NAMES, "left": _NAMES, "device": _TEXT}
-    | {"packed": _INTEGER}
+    {"epoch": INTEGER, "epochs": INTEGER}
+    | METRIC_TYPES
+    | {"validation_loss": NUMBER, "train_loss": NUMBER, "lr": NUMBER, "dropped_units": INTEGER}
+    | {"learnable_params": INTEGER, "step_memory": INTEGER, "learning": pa.list_(TEXT), "left": pa.list_(TEXT)}
+    | {"device": TEXT, "packed": INTEGER}
 )
-_DIGEST = b"rlsearch.sha256"
 
 
 @dataclass(frozen=True)
@@ -152,6 +133,7 @@ class Run:
         constraints: metric name to condition, as the search space states them.
         records: the trials that have ended, by number.
         space: the resolved search space (the content of ``space.yaml``).
+        confirmed: the trainings that `rlsearch confirm` has added, on the test split.
     """
 
     folder: Path
@@ -159,6 +141,7 @@ class Run:
     constraints: Mapping[str, str] = field(default_factory=dict)
     records: tuple[TrialRecord, ...] = ()
     space: Mapping[str, Any] = field(default_factory=dict)
+    confirmed: tuple[ConfirmedTraining, ...] = ()
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -177,7 +160,7 @@ def write_trials(path: str | Path, records: Iterable[TrialRecord]) -> None:
     for before, after in itertools.pairwise(ordered):
         if before.trial == after.trial:
             raise ValueError(f"each trial must be there once; twice: {after.trial}")
-    _write(Path(path), _TRIALS, [asdict(record) for record in ordered])
+    write_rows(Path(path), _TRIALS, [asdict(record) for record in ordered])
 
 
 def read_trials(path: str | Path) -> list[TrialRecord]:
@@ -187,11 +170,11 @@ def read_trials(path: str | Path) -> list[TrialRecord]:
         RunFolderError: the file is missing, damaged, or of another form.
     """
     try:
-        return [TrialRecord(**row) for row in _read(Path(path), _TRIALS)]
+        return [TrialRecord(**row) for row in read_rows(Path(path), _TRIALS, _REMEDY)]
     except ValueError as error:
         if isinstance(error, RunFolderError):
             raise
-        raise _damaged(Path(path), error) from None
+        raise damaged(Path(path), error, _REMEDY) from None
 
 
 def write_epochs(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -210,7 +193,7 @@ def write_epochs(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             if name not in _EPOCHS.names:
                 raise ValueError(f"{name!r} is no column of the epochs table{suggestion(name, _EPOCHS.names)}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write(Path(path), _EPOCHS, [{name: row.get(name) for name in _EPOCHS.names} for row in rows])
+    write_rows(Path(path), _EPOCHS, [{name: row.get(name) for name in _EPOCHS.names} for row in rows])
 
 
 def read_epochs(path: str | Path) -> list[dict[str, Any]]:
@@ -219,7 +202,7 @@ def read_epochs(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         RunFolderError: the file is missing, damaged, or of another form.
     """
-    return _read(Path(path), _EPOCHS)
+    return read_rows(Path(path), _EPOCHS, _REMEDY)
 
 
 def epochs_path(folder: str | Path, trial: int) -> Path:
@@ -228,7 +211,7 @@ def epochs_path(folder: str | Path, trial: int) -> Path:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Reads a run's folder: its search space and its trials.
+    """Reads a run's folder: its search space, its trials, and what was confirmed.
 
     Raises:
         RunFolderError: there is no run, or one of its files is damaged.
@@ -240,13 +223,30 @@ def read_run(folder: str | Path) -> Run:
     trials = folder / "trials.parquet"
     if not trials.exists() and not (folder / "study.db").exists():
         raise _no_run(trials)
+    records = tuple(read_trials(trials)) if trials.exists() else ()
     return Run(
         folder=folder,
         objectives=_objectives(space, folder / "space.yaml"),
         constraints={str(name): str(condition) for name, condition in (space.get("constraints") or {}).items()},
-        records=tuple(read_trials(trials)) if trials.exists() else (),
+        records=records,
         space=space,
+        confirmed=_read_confirmed(confirmed_path(folder), records),
     )
+
+
+def _read_confirmed(path: Path, records: Iterable[TrialRecord]) -> tuple[ConfirmedTraining, ...]:
+    """The trainings of a run's confirmation; none where there is no such table."""
+    if not path.exists():
+        return ()
+    rows = read_confirmed(path)
+    policies = {record.trial: record.policy_hash for record in records}
+    for row in rows:
+        if policies.get(row.trial, row.policy_hash) != row.policy_hash:
+            raise RunFolderError(
+                f"{path}: its trial {row.trial} has another policy than this run's, so it is of another search; "
+                "move it away, and `rlsearch confirm` trains anew"
+            )
+    return tuple(rows)
 
 
 def _read_space(path: Path) -> dict[str, Any]:
@@ -278,46 +278,5 @@ def _objectives(space: Mapping[str, Any], path: Path) -> dict[str, str]:
     return dict(objectives)
 
 
-def _write(path: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    table = pa.Table.from_pylist(rows, schema=schema)
-    table = table.replace_schema_metadata({_DIGEST: _digest(table.to_pylist())})
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """The rows of a table, if they are the ones that were written."""
-    if not path.is_file():
-        raise RunFolderError(f"{path}: is missing; `rlsearch resume` on the run writes it anew from the study")
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-        if not table.schema.equals(schema):
-            raise _damaged(path, "its columns are not those of this version of rlsearch")
-        rows: list[dict[str, Any]] = table.to_pylist()
-        if (table.schema.metadata or {}).get(_DIGEST) != _digest(rows):
-            raise _damaged(path, "its rows are not those that were written")
-    except RunFolderError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise _damaged(path, error) from None
-    for row in rows:
-        for name in schema.names:
-            if schema.field(name).type == _TIME and row[name] is not None:
-                row[name] = row[name].astimezone(UTC)
-    return rows
-
-
-def _digest(rows: list[dict[str, Any]]) -> bytes:
-    """The SHA-256 of a table's rows, whatever the file's encoding."""
-    text = json.dumps(rows, sort_keys=True, default=datetime.isoformat)
-    return hashlib.sha256(text.encode()).hexdigest().encode()
-
-
 def _no_run(missing: Path) -> RunFolderError:
     return RunFolderError(f"{missing}: is missing, so {missing.parent} holds no run; give the --run-dir of a search")
-
-
-def _damaged(path: Path, why: object) -> RunFolderError:
-    reason = " ".join(str(why).split())
-    return RunFolderError(f"{path}: is damaged ({reason}); `rlsearch resume` on the run writes it anew from the study")

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsearch.results.describe import describe_policy, describe_value
+from rlsearch.results.describe import describe_duration, describe_policy, describe_value
 from rlsearch.results.selection import candidates, normalised_hypervolume, policy_of
 from rlsearch.results.tables import Run, TrialRecord
 from rlsearch.search.study import PlannedTrial
@@ -85,7 +85,7 @@ class SearchProgress:
             parts.append(f"hypervolume {self._hypervolume:.4f}")
         left = self.seconds_left()
         if left is not None:
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{describe_duration(left)} left")
         return ", ".join(parts)
 
     def seconds_left(self) -> float | None:
@@ -126,7 +126,7 @@ class SearchProgress:
             policy = Text(describe_policy(planned.policy), overflow="ellipsis", no_wrap=True)
             running.add_row(Text(f"trial {number}", "cyan"), epoch, accuracy, policy)
         bar = ProgressBar(total=max(1, self._total), completed=len(self._records), width=40)
-        elapsed = _duration(time.monotonic() - self._started)
+        elapsed = describe_duration(time.monotonic() - self._started)
         # A bar does not end its line.
         return Group(running, bar, Text(f"\n{self.summary()}, {elapsed} so far"))
 
@@ -138,11 +138,3 @@ def _told(record: TrialRecord) -> str:
         return f"{policy}: {record.reason}"
     note = f" ({record.reason})" if record.reason else ""
     return f"{describe_value('accuracy', record.accuracy)} {policy}{note}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import getpass
 import json
-import os
 import platform
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
@@ -18,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from rlsearch._version import __version__
 from rlsearch.errors import RunFolderError
 from rlsearch.files import write_atomic
 from rlsearch.results.tables import TrialRecord, epochs_path, read_epochs, read_trials, write_epochs, write_trials
 from rlsearch.results.tensorboard import write_trial
+from rlsearch.run_lock import LOCK_FILE, run_lock
 
-_LOCK, _SPACE, _STUDY = "run.lock", "space.yaml", "study.db"
+_SPACE, _STUDY = "space.yaml", "study.db"
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
 
 
@@ -69,7 +66,7 @@ class RunFolder:
                 f"{self.path}: holds a search already; go on with it by `rlsearch resume {self.path}`, "
                 "or give another --run-dir"
             )
-        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != _LOCK)
+        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE)
         if others:
             raise RunFolderError(
                 f"{self.path}: is not empty ({', '.join(others[:3])}) and holds no run; give another --run-dir"
@@ -90,11 +87,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """The right to write to this folder, for as long as the block runs; makes the folder.
 
-        The kernel holds the lock for the process, so that it is free again however the process ends. What stands in
-        the file only tells others who holds it.
-
         Raises:
-            RunFolderError: another process holds it; the message says which.
+            RunFolderError: the folder cannot be made, or as `rlsearch.run_lock.run_lock`.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -102,22 +96,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: cannot be made ({error.strerror}); give a --run-dir in a folder that you may write to"
             ) from None
-        file = self.path / _LOCK
-        lock = FileLock(file)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunFolderError(
-                f"{self.path}: is in use by {_holder(file)}; wait for it, or give another --run-dir"
-            ) from None
-        except OSError as error:
-            raise RunFolderError(f"{file}: cannot be locked ({error.strerror}); check who may write to it") from None
-        try:
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": _now()}
-            file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+        with run_lock(self.path):
             yield
-        finally:
-            lock.release()
 
     def write_space(self, space: Mapping[str, Any]) -> None:
         """Writes the resolved search space, and the versions of what runs it."""
@@ -203,22 +183,6 @@ class RunFolder:
             return len(read_epochs(epochs_path(self.path, record.trial))) == record.fidelity
         except RunFolderError:
             return not record.fidelity
-
-
-def _holder(lock: Path) -> str:
-    """Who holds the lock, as far as its text tells."""
-    try:
-        holder = json.loads(lock.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} of {holder['user']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return "an unnamed user"
 
 
 def _now() -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from rlsearch import __version__
 
-COMMANDS = ["validate", "profile", "search", "resume", "pareto", "report", "export", "train", "doctor"]
+COMMANDS = ["validate", "profile", "search", "resume", "pareto", "report", "confirm", "export", "train", "doctor"]
 
 
 def rlsearch(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -55,6 +55,7 @@ MISTAKES = {
     "no run": (["pareto", "nowhere"], "nowhere"),
     "no run to resume": (["resume", "nowhere"], "nowhere"),
     "no run to export": (["export", "nowhere", "--out", "out"], "nowhere"),
+    "no run to confirm": (["confirm", "nowhere"], "nowhere"),
     "no space": (["search", "none.yaml", "--run-dir", "run"], "none.yaml"),
     "no data": (["train", "{policy}", "--out", "out"], "--data"),
     "unknown data": (["train", "{policy}", "--data", "digist", "--out", "out"], "digist"),

@@ -146,11 +146,12 @@ def test_the_summary_is_the_contract(run_folder: Path) -> None:
         "trial": 0,
         "values": {"accuracy": 0.9741, "params": 466_906, "memory": 61_400_000, "train_flops": 1.113e12},
         "packed": None,
+        "confirmed": None,
     }
     assert content["counts"] == counts(run) == {"COMPLETE": 21, "PRUNED": 1, "FAIL": 1, "INFEASIBLE": 1}
     assert [item["trial"] for item in content["front"]] == [record.trial for record in front(run)]
     for item in content["front"]:
-        assert set(item) == {"trial", "policy", "values", "learn_drop", "packed"}
+        assert set(item) == {"trial", "policy", "values", "learn_drop", "packed", "confirmed"}
         assert set(item["values"]) == set(run.objectives)
         policy = policy_of(record_of(run, item["trial"]))
         assert item["policy"] == policy.to_dict()
