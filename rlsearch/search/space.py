@@ -158,6 +158,9 @@ def parse_space(content: Any, source: str = "search space", problems: list[Probl
     if training and search and search.min_epochs and search.min_epochs > training.epochs:
         message = f"must be at most training.epochs = {training.epochs}, got {search.min_epochs}"
         problems.append(Problem("search.min_epochs", message))
+    if search and resources and search.gpu_hours is not None and resources.gpu == 0:
+        message = "limits GPU time, but with resources.gpu: 0 trials take no GPU; use search.time_budget instead"
+        problems.append(Problem("search.gpu_hours", message))
     if not problems and replacement is None and learn_drop is None and not searched:
         problems.append(
             Problem("space", "leaves nothing to search; give replacement, learn_drop, or ranges in training")

@@ -18,6 +18,7 @@ from rlsearch.search.packing import timing_warning
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import random_choices
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.stopping import stopping_warning
 from rlsearch.training.data import known_shape, load_data
 from rlsearch.training.models import default_image_size
 
@@ -79,7 +80,7 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
     """
     space, input_shape, warnings = _look_at_data(space)
     timing = timing_warning(space)
-    warnings += [] if timing is None else [timing]
+    warnings += [told for told in (timing, stopping_warning(space.search)) if told is not None]
     model = build_unallocated(space)
     policies = PolicySpace(space, model, input_shape)
     costs = ExactCosts(model, input_shape, workers=space.resources.workers)
