@@ -19,6 +19,7 @@ from rlsearch.errors import UserError
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
+from rlsearch.search.reachable import Reach
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
@@ -55,6 +56,8 @@ def start_search(
     folder = RunFolder(run_dir)
     folder.check_free()
     prepared = prepare(space, address)
+    for doubt in Reach(prepared.policies, prepared.costs).check():
+        console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
         with folder.locked():

@@ -214,6 +214,7 @@ def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
         ({"data": {"name": "imagefolder:nowhere"}}, DataError),
         ({"model": {"name": "resnet21"}}, ConfigError),
         ({"model": {"name": "resnet20", "num_classes": 3}}, ConfigError),
+        ({"constraints": {"params": "<= 0.01x"}}, ConfigError),
     ],
 )
 def test_bad_input_leaves_no_folder_behind(tmp_path: Path, changes: dict[str, Any], error: type[Exception]) -> None:

@@ -146,8 +146,26 @@ def test_the_resolved_space_is_the_same_space(path: Path, tmp_path: Path) -> Non
         (small(objectives={"accuracy": "maximise"}), "objectives.accuracy", "did you mean 'maximize'?"),
         (small(objectives={"accuracy": "minimize"}), "objectives.accuracy", "must be maximize"),
         (small(objectives={}), "objectives", "at least one metric"),
+        (small(objectives={"params": "minimize"}), "objectives", "params is known before training, so that nothing"),
+        (
+            small(objectives={"params": "minimize", "memory": "minimize", "train_flops": "minimize"}),
+            "objectives",
+            "params, memory and train_flops are known before training, so that nothing needs to be trained; add acc",
+        ),
+        (
+            small(objectives={"params": "minimize"}, constraints={"memory": "<= 0.9x"}),
+            "objectives",
+            "params is known before training, so that nothing needs to be trained; add accuracy: maximize",
+        ),
         (small(constraints={"params": "< 1.0x"}), "constraints.params", "got '< 1.0x'"),
         (small(constraints={"params": 3}), "constraints.params", "got 3"),
+        (
+            small(constraints={"params": "<= 0x"}),
+            "constraints.params",
+            "must be above 0: no trial keeps it, got '<= 0x'",
+        ),
+        (small(constraints={"accuracy": ">= 95"}), "constraints.accuracy", "a share (95 % is 0.95), got '>= 95'"),
+        (small(constraints={"accuracy": ">= -0.1"}), "constraints.accuracy", "must be a bound such as"),
         (small(constraints={"parms": "<= 1.0x"}), "constraints.parms", "did you mean 'params'?"),
         (small(space={"replacment": {}}), "space.replacment", "did you mean 'replacement'?"),
         (small(space={"replacement": {"unit": "layer*"}}), "space.replacement.unit", "did you mean 'units'?"),
@@ -186,6 +204,22 @@ def test_what_is_wrong_is_named_with_its_key_and_a_remedy(content: Any, key: str
     problems = problems_of(content)
     assert key in problems
     assert told in problems[key]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objectives": {"params": "minimize"}, "constraints": {"accuracy": ">= 0.9"}},
+        {"objectives": {"params": "minimize", "train_seconds": "minimize"}},
+        {
+            "objectives": {"params": "minimize", "train_flops": "minimize"},
+            "space": {"replacement": {"blocks": ["skip"]}, "learn_drop": {}},
+        },
+        {"constraints": {"accuracy": ">= 1.2x"}},
+    ],
+)
+def test_what_only_training_tells_may_be_an_objective_or_a_bound(sections: dict[str, Any]) -> None:
+    parse_space(small(**sections))
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
