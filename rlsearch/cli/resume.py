@@ -18,6 +18,10 @@ def resume(
     time_budget: Annotated[
         str | None, typer.Option(help="No further trial starts after this time: 2h, 90m, 1h30m.")
     ] = None,
+    gpu_hours: Annotated[
+        str | None,
+        typer.Option(metavar="N|+N", help="No further trial starts above this GPU time in all, or so much more."),
+    ] = None,
     address: Annotated[str, typer.Option(help="A running Ray cluster's address.")] = "local",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the front as one JSON object; progress goes to the standard error.")
@@ -40,5 +44,7 @@ def resume(
     if problems:
         raise ConfigError(problems, "command line")
     console = Console(stderr=as_json)
-    result = resume_search(run_dir, trials=trials, time_budget=seconds, address=address, console=console)
+    result = resume_search(
+        run_dir, trials=trials, time_budget=seconds, gpu_hours=gpu_hours, address=address, console=console
+    )
     show_result(result, run_dir, console, as_json)

@@ -80,7 +80,11 @@ def show_result(result: SearchResult, run_dir: Path, console: Console, as_json: 
         console.print(f"resume with: rlsearch resume {folder}", soft_wrap=True, highlight=False)
         raise typer.Exit(result.signal_exit_code)
     if result.why_ended:
-        console.print(f"{result.why_ended}: ended after {len(result.records)} trials", style="yellow")
+        told = f"{result.why_ended}: ended after {len(result.records)} trials"
+        console.print(told, style="yellow", soft_wrap=True)
+    if result.resume_with:
+        told = f"to go on all the same: rlsearch resume {folder} {result.resume_with}"
+        console.print(told, soft_wrap=True, highlight=False)
     run = results.read_run(result.folder)
     if not results.candidates(run):
         raise SearchError(

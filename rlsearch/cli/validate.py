@@ -89,7 +89,10 @@ def _print(space: SearchSpace, summary: SpaceSummary, name: str, console: Consol
         roles = ", ".join(f"{count} of role {role}" for role, count in summary.roles.items())
         fitting = ", ".join(f"{name} {count}" for name, count in summary.variants.items())
         console.print(f"units: {roles}; how many each fits: {fitting}", highlight=False, markup=False, soft_wrap=True)
-    table = Table(title=f"cost of {summary.sampled} random valid policies, nothing dropped")
+    table = Table(
+        title=f"cost of {summary.sampled} random valid policies, nothing dropped",
+        caption="parameters: the least and the greatest of all policies",
+    )
     for column in ("", "baseline", "least", "median", "greatest"):
         table.add_column(column, justify="left" if not column else "right")
     for cost, (unit, label) in _UNITS.items():

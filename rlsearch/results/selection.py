@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -75,8 +75,10 @@ def losses_of(run: Run, records: Sequence[TrialRecord]) -> pareto.Floats:
     return pareto.to_losses(np.array(values, dtype=np.float64), run.directions)
 
 
-def normalised_hypervolume(run: Run) -> float | None:
+def normalised_hypervolume(run: Run, without: Container[int] = ()) -> float | None:
     """The share, in [0, 1], of the objective space that the candidates dominate; None while there is no baseline.
+
+    Trials ``without`` are left out of what dominates, never of the scale: values with and without them compare.
 
     Each objective becomes a loss with the reference 1, so that the number compares runs with one baseline only:
 
@@ -88,7 +90,7 @@ def normalised_hypervolume(run: Run) -> float | None:
     if reference is None:
         return None
     columns = []
-    members = candidates(run)
+    members = [record for record in candidates(run) if record.trial not in without]
     for name, direction in run.objectives.items():
         values = np.array([record.metric(name) for record in members], dtype=np.float64)
         # A baseline of 0 (no cost at all) leaves the metric's own unit as the scale.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rlsearch.config import typed
@@ -13,6 +13,8 @@ from rlsearch.results.tables import METRICS
 
 EXACT_METRICS = ("params", "params_total", "memory_predicted")
 """Metrics that a policy's cost gives exactly before it trains; ``memory`` is another where it is the predicted one."""
+
+_KNOWN_WITHOUT_DROPPING = ("train_flops", "forward_flops", "forward_share", "mean_learnable_params")
 
 _TEXT = re.compile(r"\s*(<=|>=)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(x?)\s*")
 
@@ -59,9 +61,40 @@ def parse_constraints(content: object, key: str, problems: list[Problem]) -> tup
         if constraint is None:
             rule = 'must be a bound such as "<= 1.0x" (x: the end-to-end baseline) or ">= 0.9"'
             problems.append(Problem(f"{key}.{metric}", f"{rule}, got {text!r}"))
+        elif (wrong := _why_senseless(constraint)) is not None:
+            problems.append(Problem(f"{key}.{metric}", f"{wrong}, got {text!r}"))
         else:
             found.append(constraint)
     return tuple(found)
+
+
+def check_objectives(
+    objectives: Iterable[str], constraints: Iterable[Constraint], has_learn_drop: bool, problems: list[Problem]
+) -> None:
+    """Adds a problem where neither an objective nor a constraint is left for a training to tell.
+
+    Args:
+        objectives: their metrics.
+        constraints: bounds, on others possibly.
+        has_learn_drop: whether layers may leave training, which nobody knows beforehand.
+        problems: where the problem goes.
+    """
+    judged = [*objectives, *(constraint.metric for constraint in constraints)]
+    known = {*EXACT_METRICS, "memory", *(() if has_learn_drop else _KNOWN_WITHOUT_DROPPING)}
+    if judged and known.issuperset(judged):
+        names = list(objectives)
+        told = f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {'is' if len(names) == 1 else 'are'}"
+        message = f"{told} known before training, so that nothing needs to be trained; add accuracy: maximize"
+        problems.append(Problem("objectives", message))
+
+
+def _why_senseless(constraint: Constraint) -> str | None:
+    """Why no trial, or any, keeps a bound whatever the model; None where that takes a look at it."""
+    if constraint.metric == "accuracy" and not constraint.relative and constraint.value > 1:
+        return "must be at most 1: it is a share (95 % is 0.95)"
+    if constraint.op == "<=" and constraint.value == 0:
+        return "must be above 0: no trial keeps it"
+    return None
 
 
 def _parse(metric: str, text: object) -> Constraint | None:

@@ -72,11 +72,12 @@ class PolicySpace:
         input_shape: (C, H, W) of one image; None to guess it from the model.
 
     Attributes:
-        space: as given.
+        space, model: as given.
         units: all units of the model, in forward order.
         matched: the names of those that the space's patterns and roles name, in forward order.
         variants: what the space offers for them, by name: blocks with their options.
         blocks: the names of the variants that fit each matched unit, by its name; units that take none are left out.
+        groups: the units by chain and role, those left out of which nothing can be replaced.
         skippable: the matched units that can be skipped, whether or not the space offers that.
         max_replaced: how many units one policy may replace.
 
@@ -87,13 +88,13 @@ class PolicySpace:
     def __init__(self, space: SearchSpace, model: nn.Module, input_shape: Sequence[int] | None = None) -> None:
         example = None if input_shape is None else torch.empty(1, *input_shape, device="meta")
         self.space = space
-        self._model = model
+        self.model = model
         self.units: tuple[Unit, ...] = () if space.replacement is None else tuple(find_units(model, example))
         self._unit = {unit.name: unit for unit in self.units}
         self.matched = () if space.replacement is None else matched_units(space.replacement, self.units)
         self.variants = {} if space.replacement is None else variants_of(space.replacement)
-        self._groups = self._group_units()
-        self._group = {name: group for group in self._groups for name in group.variants}
+        self.groups = self._group_units()
+        self._group = {name: group for group in self.groups for name in group.variants}
         self.blocks: dict[str, tuple[str, ...]] = {
             name: self._group[name].variants[name] for name in self.matched if name in self._group
         }
@@ -164,8 +165,8 @@ class PolicySpace:
     def misfit(self, unit: str, variant: Variant, sources: tuple[str, str] | None = None) -> str | None:
         """Why a variant does not fit a unit with these sources (by default its neighbours); None if it does."""
         if sources in (None, self._unit[unit].sources):
-            return fits(self._model, self.units, unit, variant.block, variant.options)
-        return fits(self._model, self.units, unit, variant.block, variant.options, sources)
+            return fits(self.model, self.units, unit, variant.block, variant.options)
+        return fits(self.model, self.units, unit, variant.block, variant.options, sources)
 
     def everything(self) -> Iterator[Decided]:
         """Every point of a space whose parameters are all discrete, each once."""
@@ -196,7 +197,7 @@ class PolicySpace:
         so ways are counted apart by how many units they replace.
         """
         totals = [1]
-        for group in self._groups:
+        for group in self.groups:
             totals = times(totals, group.ways(self.max_replaced), self.max_replaced)
         return sum(totals)
 
@@ -221,7 +222,6 @@ class PolicySpace:
         )
 
     def _group_units(self) -> list[UnitGroup]:
-        """The units by chain and role, those with nothing to be replaced left out."""
         groups: dict[tuple[str, str], list[Unit]] = {}
         for unit in self.units:
             groups.setdefault((unit.chain, unit.role), []).append(unit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import ray
@@ -19,9 +19,11 @@ from rlsearch.errors import UserError
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
+from rlsearch.search.reachable import Reach
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
+from rlsearch.search.stopping import check_gpu_hours, go_on, stopping_warning
 from rlsearch.search.study import RunStudy
 
 __all__ = ["SearchResult", "resume_search", "start_search"]
@@ -54,6 +56,8 @@ def start_search(
     folder = RunFolder(run_dir)
     folder.check_free()
     prepared = prepare(space, address)
+    for doubt in Reach(prepared.policies, prepared.costs).check():
+        console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
         with folder.locked():
@@ -70,6 +74,7 @@ def resume_search(
     *,
     trials: str | int | None = None,
     time_budget: float | None = None,
+    gpu_hours: str | None = None,
     address: str = "local",
     console: Console | None = None,
     trainable: type[tune.Trainable] | None = None,
@@ -80,6 +85,8 @@ def resume_search(
         run_dir: the run's folder.
         trials: how many trials the search is to end with, ``+50`` for so many more than planned, None for as planned.
         time_budget: seconds after which no further trial starts; None for the search space's own.
+        gpu_hours: the limit of the whole run's GPU time, ``+10`` for so many hours more than are spent, None for the
+            limit that there is.
         address: as for `start_search`.
         console: as for `start_search`.
         trainable: as for `start_search`.
@@ -102,13 +109,17 @@ def resume_search(
             space = replace(space, search=replace(space.search, time_budget=time_budget))
         study.reconcile()
         folder.follow(study.records(), study.epochs, list(space.objectives))
+        kept = go_on(study, trials is not None or time_budget is not None, gpu_hours)
         study.target = target
         if len(study.records()) >= target:
             return SearchResult(folder.path, tuple(study.records()))
+        if kept.gpu_hours is not None:
+            space = replace(space, search=replace(space.search, gpu_hours=kept.gpu_hours))
         prepared = prepare(space, address)
         folder.write_versions("resume")
         with ray_cluster(address, prepared.data_bytes) as scratch:
             slots = _slots(prepared, address, console)
+            study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
@@ -121,10 +132,13 @@ def _slots(prepared: Prepared, address: str, console: Console) -> Slots:
     # Without a GPU nobody asks for memory, and costing the largest training takes a second or two.
     largest = largest_memory(prepared.policies, prepared.costs) if resources.get("GPU") and asked.gpu != 0 else 0
     slots = plan_slots(asked.cpu, asked.gpu, largest + prepared.data_bytes, resources, gpu_bytes, most, asked.workers)
+    check_gpu_hours(prepared.space.search, slots.gpu)
     note = sharing_note(slots, largest, gpu_bytes)
     if note is not None:
         console.print(note)
-    for warning in start_warnings(prepared.space, slots):
+    warnings = start_warnings(prepared.space, slots)
+    rule = stopping_warning(prepared.space.search)
+    for warning in warnings if rule is None else [*warnings, rule]:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     return slots
 

@@ -6,7 +6,6 @@ Tune asks and tells here, in the driver, and nowhere else; workers never see the
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -20,6 +19,7 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.sampler import BASELINE, SAMPLER, PolicySampler
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.stopping import Ending, StoppingRules
 from rlsearch.search.study import PlannedTrial, RunStudy
 from rlsearch.search.worker import Job
 from rlsearch.training.trial_spec import TrialSpec
@@ -73,13 +73,14 @@ class StudySearcher(Searcher):
         folder: where the tables are.
         sampler: proposes.
         progress: is told what happens.
-        deadline: of `time.monotonic`, after which no further trial starts; None for none.
+        rules: may end the search before it has all its trials; None for the space's, of trials that take no GPU.
 
     Attributes:
         racing: the scheduler that may have stopped a trial; None without racing.
         records: the trials that have ended, by number.
         error_of: from a trial's Tune id to what Ray says about the loss of its worker.
         why_ended: why no further trial was started before the search had all of them, or None.
+        resume_with: options with which a resume goes on nevertheless, or None.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class StudySearcher(Searcher):
         folder: RunFolder,
         sampler: PolicySampler,
         progress: SearchProgress,
-        deadline: float | None = None,
+        rules: StoppingRules | None = None,
     ) -> None:
         super().__init__(metric=None, mode=None)
         self._space = space
@@ -97,7 +98,7 @@ class StudySearcher(Searcher):
         self._folder = folder
         self._sampler = sampler
         self._progress = progress
-        self._deadline = deadline
+        self._rules = rules or StoppingRules(space.search, study)
         self._running: dict[str, PlannedTrial] = {}
         self._last: dict[str, Outcome] = {}
         self._held: list[tuple[PlannedTrial, Outcome]] = []
@@ -110,6 +111,7 @@ class StudySearcher(Searcher):
         self.racing: Racing | None = None
         self.error_of: Callable[[str], str] = lambda trial_id: ""
         self.why_ended: str | None = None
+        self.resume_with: str | None = None
 
     @_stops
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
@@ -118,6 +120,7 @@ class StudySearcher(Searcher):
         if planned is None:
             return str(Searcher.FINISHED)
         self._running[trial_id] = planned
+        self._rules.trial_started(planned.number)
         self._progress.trial_started(planned)
         spec = TrialSpec(self._space.model, self._space.data, planned.training, planned.policy, planned.seed)
         return {"job": Job(planned.number, spec, str(self._folder.checkpoints(planned.number)))}
@@ -126,12 +129,14 @@ class StudySearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An epoch that is not the last."""
         self._last[trial_id] = result["outcome"]
+        self._rules.trial_goes_on()
         self._progress.epoch_ended(self._running[trial_id], result["outcome"].final)
 
     @_stops
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The end of a trial, good or bad."""
         planned = self._running.pop(trial_id)
+        self._rules.trial_ended(planned.number)
         outcome = self._outcome(trial_id, result, error)
         self._held.append((planned, outcome))
         # What is relative to the baseline can only be judged once that has ended; it started first.
@@ -163,6 +168,8 @@ class StudySearcher(Searcher):
 
     def release(self) -> int:
         """Puts what still runs into the queue of a later resume; how many that were."""
+        for planned in self._running.values():
+            self._rules.trial_ended(planned.number)
         unfinished = [*self._running.values(), *(planned for planned, _ in self._held)]
         for planned in unfinished:
             self._study.interrupt(planned.number)
@@ -175,8 +182,7 @@ class StudySearcher(Searcher):
         return self.why_ended is not None or len(self.records) >= self._target
 
     def _next(self) -> PlannedTrial | None:
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            self.why_ended = "the time budget is spent"
+        if self._ends(self._rules.budget_spent()):
             return None
         if self._waiting:
             planned = self._waiting.pop(0)
@@ -184,12 +190,20 @@ class StudySearcher(Searcher):
             return planned
         if self._num_trials >= self._target:
             return None
+        if self._ends(self._rules.settled(self.records.values(), self._space.objectives)):
+            return None
         proposal = self._sampler.propose(self._study.study)
         if proposal is None:
             self.why_ended = "the search space holds no further policy that meets the constraints"
             return None
         self._num_trials += 1
         return self._study.add(proposal, self._space.search.seed + proposal.repeat)
+
+    def _ends(self, ending: Ending | None) -> bool:
+        """Notes why no further trial starts, where one of the rules says so."""
+        if ending is not None:
+            self.why_ended, self.resume_with = ending.why, ending.resume_with
+        return ending is not None
 
     def _outcome(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> Outcome:
         """How a trial ended, before its constraints are looked at."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.searcher import StopSearch, StudySearcher, has_failed
+from rlsearch.search.stopping import StoppingRules
 from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
 from rlsearch.search.worker import WorkerSettings
@@ -44,13 +44,15 @@ class SearchResult:
         folder: the run's folder.
         records: the trials that have ended, by number.
         signal_exit_code: 130 or 143 where SIGINT or SIGTERM ended it, else None.
-        why_ended: why it ended before it had all its trials (the time budget, an exhausted space), or None.
+        why_ended: why it ended before it had all its trials (a stopping rule, an exhausted space), or None.
+        resume_with: options with which a resume goes on nevertheless, or None.
     """
 
     folder: Path
     records: tuple[TrialRecord, ...]
     signal_exit_code: int | None = None
     why_ended: str | None = None
+    resume_with: str | None = None
 
 
 class SearchSession:
@@ -85,8 +87,7 @@ class SearchSession:
         Raises:
             SearchError: too many trials failed, all of them did, or a file of the run cannot be written.
         """
-        started = time.monotonic()
-        budget = self._space.search.time_budget
+        rules = StoppingRules(self._space.search, self._study, self._slots.gpu * self._slots.workers)
         progress = SearchProgress(console, self._space.objectives, self._study.target, self._study.records())
         searcher = StudySearcher(
             self._space,
@@ -94,7 +95,7 @@ class SearchSession:
             self._folder,
             self._prepared.sampler,
             progress,
-            None if budget is None else started + budget,
+            rules,
         )
         searcher.racing = self._racing(searcher.is_protected, searcher.is_probe)
         with stop_requests() as request, progress:
@@ -109,7 +110,7 @@ class SearchSession:
         records = tuple(searcher.records[number] for number in sorted(searcher.records))
         if records and all(map(has_failed, records)) and request.signal_number is None:
             raise SearchError(_all_failed(records))
-        return SearchResult(self._folder.path, records, request.exit_code, searcher.why_ended)
+        return SearchResult(self._folder.path, records, request.exit_code, searcher.why_ended, searcher.resume_with)
 
     def _fit(self, searcher: StudySearcher, watch: _Watch, scratch: Path) -> Exception | None:
         """Runs Tune to its end; the error that ended it before, if one did."""

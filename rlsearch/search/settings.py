@@ -43,6 +43,10 @@ class SearchSettings:
         trials: how many trials the search ends with (>= 1); the baseline and the controls are among them.
         seed: of the proposals and of every trial's training.
         time_budget: seconds after which no further trial starts; None for no limit.
+        gpu_hours: no further trial starts once trials have taken more GPU time, over all sessions; None for no limit.
+        min_gain: no further trial starts once the front's hypervolume has grown by less than this share of itself, in
+            (0, 1), over the last `gain_window` trials; None for never.
+        gain_window: how many COMPLETE or PRUNED trials those are, after the first `startup_trials` (>= 1).
         max_concurrent: how many trials run at once; None for as many as the resources hold.
         sampler: who proposes, once enough is known.
         startup_trials: how many trials end before the sampler models what is good; until then it draws at random.
@@ -55,6 +59,9 @@ class SearchSettings:
     trials: int = 40
     seed: int = 0
     time_budget: float | None = None
+    gpu_hours: float | None = None
+    min_gain: float | None = None
+    gain_window: int = 20
     max_concurrent: int | None = None
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     startup_trials: int = 10
@@ -66,8 +73,7 @@ class SearchSettings:
     def problems(self, key: str = "search") -> list[Problem]:
         """What is out of range, each with its key."""
         least = {"trials": 1, "seed": 0, "max_concurrent": 1, "startup_trials": 1, "max_failures": 0}
-        least["baseline_seeds"] = 1
-        least |= {"min_epochs": 1, "eta": 2}
+        least |= {"baseline_seeds": 1, "min_epochs": 1, "eta": 2, "gain_window": 1}
         found = [
             Problem(f"{key}.{name}", f"must be at least {low}, got {getattr(self, name)}")
             for name, low in least.items()
@@ -75,6 +81,11 @@ class SearchSettings:
         ]
         if self.seed >= 2**32:
             found.append(Problem(f"{key}.seed", f"must be below 2^32, got {self.seed}"))
+        if self.gpu_hours is not None and not 0 < self.gpu_hours < float("inf"):
+            found.append(Problem(f"{key}.gpu_hours", f"must be a finite number above 0, got {self.gpu_hours}"))
+        if self.min_gain is not None and not 0 < self.min_gain < 1:
+            rule = "must be a share above 0 and below 1, as in 0.001"
+            found.append(Problem(f"{key}.min_gain", f"{rule}, got {self.min_gain}"))
         return found
 
 

@@ -11,7 +11,7 @@ from rlsearch.config import from_mapping, join, typed, unknown_keys
 from rlsearch.errors import ConfigError, Problem, suggestion
 from rlsearch.policy import LearnDrop, ModelSpec
 from rlsearch.results.tables import DIRECTIONS, METRICS
-from rlsearch.search.constraints import Constraint, parse_constraints
+from rlsearch.search.constraints import Constraint, check_objectives, parse_constraints
 from rlsearch.search.ranges import Distribution, parse_settings, to_plain
 from rlsearch.search.settings import (
     ReplacementSpace,
@@ -153,11 +153,16 @@ def parse_space(content: Any, source: str = "search space", problems: list[Probl
     replacement, learn_drop, searched_drop = _parse_space_section(_section(content, "space"), problems)
     objectives = _parse_objectives(content.get("objectives", DEFAULT_OBJECTIVES), problems)
     constraints = parse_constraints(_section(content, "constraints"), "constraints", problems)
+    if not problems:  # a misspelt objective, or Learn&Drop that is not understood, would lead astray
+        check_objectives(objectives, constraints, learn_drop is not None, problems)
     search = parse_search(_section(content, "search"), problems)
     resources = parse_resources(_section(content, "resources"), problems)
     if training and search and search.min_epochs and search.min_epochs > training.epochs:
         message = f"must be at most training.epochs = {training.epochs}, got {search.min_epochs}"
         problems.append(Problem("search.min_epochs", message))
+    if search and resources and search.gpu_hours is not None and resources.gpu == 0:
+        message = "limits GPU time, but with resources.gpu: 0 trials take no GPU; use search.time_budget instead"
+        problems.append(Problem("search.gpu_hours", message))
     if not problems and replacement is None and learn_drop is None and not searched:
         problems.append(
             Problem("space", "leaves nothing to search; give replacement, learn_drop, or ranges in training")

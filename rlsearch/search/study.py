@@ -34,6 +34,7 @@ from rlsearch.training.loop import TrainingSpec
 
 _SPACE = "space"
 _TARGET = "trials"
+_STOPPING = "stopping"
 # Optuna's own prefix of a constraint among a trial's system attributes; `Trial.set_constraint` needs a live Trial.
 _CONSTRAINT = "constraints:"
 # How long SQLite waits for another process that reads the study (a dashboard) to let go.
@@ -133,6 +134,15 @@ class RunStudy:
     @target.setter
     def target(self, value: int) -> None:
         self.study.set_user_attr(_TARGET, value)
+
+    @property
+    def stopping(self) -> dict[str, Any]:
+        """What `rlsearch.search.stopping` keeps from session to session; empty at first."""
+        return dict(self.study.user_attrs.get(_STOPPING, {}))
+
+    @stopping.setter
+    def stopping(self, value: Mapping[str, Any]) -> None:
+        self.study.set_user_attr(_STOPPING, dict(value))
 
     def add(self, proposal: Proposal, seed: int) -> PlannedTrial:
         """Puts down a proposal as a RUNNING trial, in one write."""

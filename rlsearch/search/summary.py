@@ -16,7 +16,9 @@ from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.packing import timing_warning
 from rlsearch.search.policy_space import PolicySpace
+from rlsearch.search.reachable import SIZES, Reach
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.stopping import stopping_warning
 from rlsearch.search.variations import random_choices
 from rlsearch.training.data import known_shape, load_data
 from rlsearch.training.models import default_image_size
@@ -28,7 +30,10 @@ _FEW_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Spread:
-    """One cost over the sampled policies, beside the end-to-end baseline's."""
+    """One cost over the sampled policies, beside the end-to-end baseline's.
+
+    Of ``params`` and ``params_total`` the least and the greatest are those of all policies, sampled or not.
+    """
 
     least: float
     median: float
@@ -76,13 +81,19 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
     Args:
         space: the search space.
         num_samples: how many random valid policies to cost.
+
+    Raises:
+        ConfigError: a constraint that no policy meets.
     """
     space, input_shape, warnings = _look_at_data(space)
     timing = timing_warning(space)
-    warnings += [] if timing is None else [timing]
+    warnings += [told for told in (timing, stopping_warning(space.search)) if told is not None]
     model = build_unallocated(space)
     policies = PolicySpace(space, model, input_shape)
     costs = ExactCosts(model, input_shape, workers=space.resources.workers)
+    reach = Reach(policies, costs)
+    doubts = reach.check()
+    warnings += doubts
     baseline = Policy(space.model)
     hard = HardConstraints(space.constraints, costs, baseline, space.training)
     rng = random.Random(0)
@@ -92,7 +103,7 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
     reference = asdict(costs.cost(baseline, space.training))
     kept = [{k: v <= 0 for k, v in hard.violations(policy, space.training).items()} for policy in sample]
     feasible = sum(all(one.values()) for one in kept) / num_samples
-    if not feasible:
+    if not feasible and not doubts:
         warnings.append(
             f"none of {num_samples} random policies keeps the constraints: the search may find nothing to try"
         )
@@ -105,7 +116,10 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
         variants={name: sum(name in fitting for fitting in policies.blocks.values()) for name in policies.variants},
         max_replaced=policies.max_replaced,
         sampled=num_samples,
-        cost={name: _spread([one[key] for one in found], reference[key]) for key, name in _COSTS.items()},
+        cost={
+            name: _spread([one[key] for one in found], reference[key], reach.size_range(key) if key in SIZES else None)
+            for key, name in _COSTS.items()
+        },
         constraints={
             bound.metric: sum(one[bound.metric] for one in kept) / num_samples if bound.metric in kept[0] else None
             for bound in space.constraints
@@ -145,5 +159,6 @@ def _guess(space: SearchSpace) -> tuple[SearchSpace, tuple[int, ...], str]:
     return space, guessed, f" and for {space.model.num_classes} classes; model.num_classes: N states another number"
 
 
-def _spread(values: Sequence[float], baseline: float) -> Spread:
-    return Spread(min(values), statistics.median(values), max(values), baseline)
+def _spread(values: Sequence[float], baseline: float, ends: tuple[float, float] | None) -> Spread:
+    least, greatest = ends or (min(values), max(values))
+    return Spread(least, statistics.median(values), greatest, baseline)

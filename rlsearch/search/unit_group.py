@@ -7,13 +7,32 @@ different chains or roles never concern each other: `rlsearch.search.check` refu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from rlsearch.replacement import Unit
 from rlsearch.search.variants import Variant
 
 Fits = Callable[[str, Variant, tuple[str, str] | None], bool]
 """Whether a variant fits a unit, by name, with these sources; None where it needs none."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Units next to each other that are all replaced, between two owners or an end of the chain.
+
+    Attributes:
+        before: the place of the owner before them; -1 for none.
+        behind: the place of the owner behind them; one behind the last unit for none.
+        variants: by the name of each unit between, those that may replace it; at least one.
+        sources: the names of both owners; None where one is missing, and nothing between borrows.
+    """
+
+    before: int
+    behind: int
+    variants: Mapping[str, tuple[str, ...]]
+    sources: tuple[str, str] | None
 
 
 class UnitGroup:
@@ -64,32 +83,44 @@ class UnitGroup:
                 return ()
         return self._holding(place, self.variants[unit], before, behind)
 
+    def borrows(self, variant: str) -> bool:
+        """Whether a variant, by name, needs sources."""
+        return self._sources[variant] is not None
+
     def ways(self, most: int) -> list[int]:
         """In how many valid ways 0, 1, …, at most ``most`` units can be replaced.
 
         Dynamic programming over owners from front to back: `reached` holds, for each unit and for the end of the chain,
         the ways for all that stands before it, if it is itself an owner.
         """
-        reached: list[list[int]] = []
+        reached = [[0] for _ in range(len(self._units) + 1)]
+        for gap in self.gaps(most):
+            between = math.prod(len(variants) for variants in gap.variants.values())
+            earlier = [1] if gap.before < 0 else reached[gap.before]
+            found = times(earlier, [0] * len(gap.variants) + [between], most)
+            reached[gap.behind] = plus(reached[gap.behind], found)
+        return reached[-1]
+
+    def gaps(self, most: int) -> Iterator[Gap]:
+        """All valid gaps of at most ``most`` units, empty ones too; those that end at one owner before all that begin
+        there."""
         for behind in range(len(self._units) + 1):
-            total = [0]
             # A wider gap between two owners leaves each unit in it fewer variants: after the first that has none, no
             # wider one has any.
             for before in range(behind - 1, max(-2, behind - most - 2), -1):
-                between = self._ways_between(before, behind)
-                if not between:
+                gap = self._gap(before, behind)
+                if not all(gap.variants.values()):
                     break
-                earlier = [1] if before < 0 else reached[before]
-                total = plus(total, times(earlier, [0] * (behind - before - 1) + [between], most))
-            reached.append(total)
-        return reached[-1]
+                yield gap
 
-    def _ways_between(self, before: int, behind: int) -> int:
-        """In how many ways all units between two consecutive owners, or an end of the chain, can be replaced."""
-        count = 1
-        for place in range(before + 1, behind):
-            count *= len(self._holding(place, self.variants.get(self._units[place].name, ()), before, behind))
-        return count
+    def _gap(self, before: int, behind: int) -> Gap:
+        names = [unit.name for unit in self._units]
+        variants = {
+            names[place]: self._holding(place, self.variants.get(names[place], ()), before, behind)
+            for place in range(before + 1, behind)
+        }
+        is_open = before < 0 or behind == len(names)
+        return Gap(before, behind, variants, None if is_open else (names[before], names[behind]))
 
     def _holding(self, place: int, variants: Sequence[str], before: int, behind: int) -> tuple[str, ...]:
         return tuple(variant for variant in variants if self._holds(place, variant, before, behind))

@@ -196,6 +196,17 @@ def test_a_second_ctrl_c_ends_at_once_and_nothing_stays(space: Path, tmp_path: P
         resume_search(tmp_path / "run", trials=0)
 
 
+def test_a_search_that_a_rule_has_ended_says_which_and_how_to_go_on(run_folder: Path) -> None:
+    shown = io.StringIO()
+    result = SearchResult(
+        run_folder, read_run(run_folder).records, None, "the time budget is spent", "--time-budget 2h"
+    )
+    show_result(result, Path("my run"), Console(file=shown, width=60), as_json=False)
+    first, second = shown.getvalue().splitlines()[:2]
+    assert first == "the time budget is spent: ended after 24 trials"
+    assert second == "to go on all the same: rlsearch resume 'my run' --time-budget 2h"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -133,11 +133,44 @@ def test_roles_and_variants_are_told_with_the_units_they_fit(validate: Callable[
     assert found["variants"] == {"skip": 13, "scalar": 7, "channel": 7, "lowrank": 7}
 
 
-def test_limits_that_no_policy_keeps_are_a_warning(validate: Callable[..., Any]) -> None:
-    found = content(validate(str(DIGITS), "--json", "--set", "constraints.params=<= 0.01x"))
+def test_limits_that_no_policy_can_keep_are_an_error_with_the_nearest_value(validate: Callable[..., Any]) -> None:
+    done = validate(str(DIGITS), "--json", "--set", "constraints.params=<= 0.1x")
+    assert (done.returncode, content(done)["valid"]) == (2, False)
+    (error,) = content(done)["errors"]
+    assert error["key"] == "constraints.params"
+    assert error["message"] == (
+        "<= 0.1x = 46,691 cannot be met: the least that a policy of this space reaches is 115,290 (0.247x); "
+        "raise the bound, or allow more in space.replacement (units, blocks, max_fraction)"
+    )
+
+
+def test_limits_that_few_policies_keep_are_a_warning(validate: Callable[..., Any]) -> None:
+    found = content(validate(str(DIGITS), "--json", "--set", "constraints.params=<= 0.25x"))
     assert (found["valid"], found["feasible"]) == (True, 0.0)
     (warning,) = found["warnings"]
     assert "none of 200 random policies keeps the constraints" in warning
+    assert found["cost"]["params"]["least"] == 115_290  # of all policies, not of those 200
+
+
+def test_limits_on_memory_that_no_policy_was_found_to_keep_are_a_warning(validate: Callable[..., Any]) -> None:
+    done = validate(str(DIGITS), "--set", "constraints.memory=<= 0.3x")
+    assert done.returncode == 0
+    (warning,) = (line for line in done.stdout.splitlines() if line.startswith("warning: "))
+    assert "constraints.memory: <= 0.3x = 4.1 MiB may be out of reach: the least found is " in warning
+
+
+def test_objectives_that_need_no_training_are_an_error(validate: Callable[..., Any]) -> None:
+    done = validate(str(DIGITS), "--set", "objectives={params: minimize, memory: minimize}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "objectives: params and memory are known before training" in done.stderr
+    assert "add accuracy: maximize" in done.stderr
+
+
+def test_a_stopping_rule_that_cannot_act_is_a_warning(validate: Callable[..., Any]) -> None:
+    settings = ("search.min_gain=0.001", "search.gain_window=30")
+    found = content(validate(str(DIGITS), "--json", *(part for setting in settings for part in ("--set", setting))))
+    (warning,) = found["warnings"]
+    assert warning.startswith("search.min_gain looks at the front after 40 trials at the earliest")
 
 
 def test_more_classes_than_the_model_was_told_is_an_error(validate: Callable[..., Any]) -> None:

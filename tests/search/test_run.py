@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import pytest
 import ray
+import torch
 import yaml
 from rich.console import Console
 
@@ -124,6 +125,27 @@ def test_a_search_and_more_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
+def test_a_search_that_has_settled_goes_on_where_a_resume_asks_for_more(tmp_path: Path) -> None:
+    settled = {"trials": 12, "max_concurrent": 1, "startup_trials": 1, "min_gain": 0.999, "gain_window": 2}
+    folder = tmp_path / "run"
+    brief = space(search=settled, training={"epochs": 1, "batch_size": 32})
+    result = start_search(brief, folder, console=quiet())
+    assert len(result.records) == 3
+    assert result.why_ended is not None
+    assert "the last 2 trials added less than 99.9 % to the front's hypervolume" in result.why_ended
+    again = resume_search(folder, console=quiet())  # one that asks for nothing finds it as it was
+    assert (again.records, again.why_ended) == (result.records, result.why_ended)
+    more = resume_search(folder, trials="+50", console=quiet())
+    assert (len(more.records), more.why_ended, more.resume_with) == (5, result.why_ended, "--trials +50")
+    by_time = resume_search(folder, time_budget=3600.0, console=quiet())
+    assert len(by_time.records) == 7
+    with pytest.raises(ConfigError, match=r"search\.gpu_hours: limits GPU time, but trials take no GPU here"):
+        resume_search(folder, gpu_hours="+1", console=quiet())
+    assert resume_search(folder, console=quiet()).records == by_time.records  # the refused limit is forgotten
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
 def test_parts_of_units_with_searched_options_are_trained_and_resumed(tmp_path: Path) -> None:
     replacement = {
         "units": "layer*",
@@ -192,6 +214,7 @@ def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
         ({"data": {"name": "imagefolder:nowhere"}}, DataError),
         ({"model": {"name": "resnet21"}}, ConfigError),
         ({"model": {"name": "resnet20", "num_classes": 3}}, ConfigError),
+        ({"constraints": {"params": "<= 0.01x"}}, ConfigError),
     ],
 )
 def test_bad_input_leaves_no_folder_behind(tmp_path: Path, changes: dict[str, Any], error: type[Exception]) -> None:
@@ -205,6 +228,10 @@ def test_bad_input_leaves_no_folder_behind(tmp_path: Path, changes: dict[str, An
 def test_a_trial_that_asks_for_more_than_there_is_leaves_no_folder_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resources\.cpu: must be at most the \d+ cores there are, got 4096"):
         start_search(space(resources={"cpu": 4096}), tmp_path / "run")
+    if not torch.cuda.is_available():
+        limited = space(search={"trials": 2, "gpu_hours": 3}, resources={"gpu": "auto"})
+        with pytest.raises(ConfigError, match=r"search\.gpu_hours: limits GPU time, but trials take no GPU here"):
+            start_search(limited, tmp_path / "run", console=quiet())
     assert not (tmp_path / "run").exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,9 @@ from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.searcher import StopSearch, StudySearcher
+from rlsearch.search.settings import SearchSettings
 from rlsearch.search.space import parse_space
+from rlsearch.search.stopping import StoppingRules
 from rlsearch.search.study import RunStudy
 from rlsearch.training.metrics import EpochMetrics
 
@@ -54,7 +55,7 @@ def prepared() -> Prepared:
 class Search:
     """The parts of a search in one folder; opened again, it is what a resume finds."""
 
-    def __init__(self, path: Path, prepared: Prepared, deadline: float | None = None) -> None:
+    def __init__(self, path: Path, prepared: Prepared, gpus: float = 0.0) -> None:
         self.folder = RunFolder(path)
         self.space = prepared.space
         path.mkdir(exist_ok=True)
@@ -66,7 +67,8 @@ class Search:
             resolved = self.space.to_dict()
             self.study = RunStudy.create(self.folder.study_path, path.name, resolved, self.space.search.trials)
         progress = SearchProgress(Console(quiet=True), self.space.objectives, self.space.search.trials)
-        self.searcher = StudySearcher(self.space, self.study, self.folder, prepared.sampler, progress, deadline)
+        self.rules = StoppingRules(self.space.search, self.study, gpus)
+        self.searcher = StudySearcher(self.space, self.study, self.folder, prepared.sampler, progress, self.rules)
 
     def start(self, trial_id: str) -> int:
         """Starts a trial; its number."""
@@ -243,11 +245,15 @@ def test_a_trial_of_the_sensitivities_is_a_probe_and_no_other_is(search: Search)
 
 
 def test_no_trial_starts_after_the_time_budget(tmp_path: Path, prepared: Prepared) -> None:
-    in_time = Search(tmp_path / "in time", prepared, deadline=time.monotonic() + 600)
+    def within(seconds: float) -> Prepared:
+        return replace(prepared, space=replace(prepared.space, search=SearchSettings(time_budget=seconds)))
+
+    in_time = Search(tmp_path / "in time", within(600.0))
     assert in_time.start("a") == 0
-    late = Search(tmp_path / "late", prepared, deadline=time.monotonic())
+    late = Search(tmp_path / "late", within(1e-9))
     assert late.searcher.suggest("a") == Searcher.FINISHED
     assert late.searcher.why_ended == "the time budget is spent"
+    assert late.searcher.resume_with == "--time-budget 2h"
     assert late.states() == []
 
 

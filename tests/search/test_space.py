@@ -146,8 +146,26 @@ def test_the_resolved_space_is_the_same_space(path: Path, tmp_path: Path) -> Non
         (small(objectives={"accuracy": "maximise"}), "objectives.accuracy", "did you mean 'maximize'?"),
         (small(objectives={"accuracy": "minimize"}), "objectives.accuracy", "must be maximize"),
         (small(objectives={}), "objectives", "at least one metric"),
+        (small(objectives={"params": "minimize"}), "objectives", "params is known before training, so that nothing"),
+        (
+            small(objectives={"params": "minimize", "memory": "minimize", "train_flops": "minimize"}),
+            "objectives",
+            "params, memory and train_flops are known before training, so that nothing needs to be trained; add acc",
+        ),
+        (
+            small(objectives={"params": "minimize"}, constraints={"memory": "<= 0.9x"}),
+            "objectives",
+            "params is known before training, so that nothing needs to be trained; add accuracy: maximize",
+        ),
         (small(constraints={"params": "< 1.0x"}), "constraints.params", "got '< 1.0x'"),
         (small(constraints={"params": 3}), "constraints.params", "got 3"),
+        (
+            small(constraints={"params": "<= 0x"}),
+            "constraints.params",
+            "must be above 0: no trial keeps it, got '<= 0x'",
+        ),
+        (small(constraints={"accuracy": ">= 95"}), "constraints.accuracy", "a share (95 % is 0.95), got '>= 95'"),
+        (small(constraints={"accuracy": ">= -0.1"}), "constraints.accuracy", "must be a bound such as"),
         (small(constraints={"parms": "<= 1.0x"}), "constraints.parms", "did you mean 'params'?"),
         (small(space={"replacment": {}}), "space.replacment", "did you mean 'replacement'?"),
         (small(space={"replacement": {"unit": "layer*"}}), "space.replacement.unit", "did you mean 'units'?"),
@@ -170,6 +188,10 @@ def test_the_resolved_space_is_the_same_space(path: Path, tmp_path: Path) -> Non
         (small(search={"trails": 4}), "search.trails", "did you mean 'trials'?"),
         (small(search={"trials": 0}), "search.trials", "at least 1, got 0"),
         (small(search={"time_budget": "2 hours"}), "search.time_budget", "as in 2h"),
+        (small(search={"gpu_hours": 0}), "search.gpu_hours", "must be a finite number above 0, got 0.0"),
+        (small(search={"gpu_hours": 8}, resources={"gpu": 0}), "search.gpu_hours", "with resources.gpu: 0 trials take"),
+        (small(search={"min_gain": 1}), "search.min_gain", "must be a share above 0 and below 1, as in 0.001, got 1.0"),
+        (small(search={"min_gain": 0.1, "gain_window": 0}), "search.gain_window", "must be at least 1, got 0"),
         (small(search={"min_epochs": 10}), "search.min_epochs", "at most training.epochs = 9"),
         (small(resources={"gpu": "all"}), "resources.gpu", "must be auto or a number, got 'all'"),
         (small(resources={"gpu": 1.5}), "resources.gpu", "must be whole above 1"),
@@ -182,6 +204,22 @@ def test_what_is_wrong_is_named_with_its_key_and_a_remedy(content: Any, key: str
     problems = problems_of(content)
     assert key in problems
     assert told in problems[key]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objectives": {"params": "minimize"}, "constraints": {"accuracy": ">= 0.9"}},
+        {"objectives": {"params": "minimize", "train_seconds": "minimize"}},
+        {
+            "objectives": {"params": "minimize", "train_flops": "minimize"},
+            "space": {"replacement": {"blocks": ["skip"]}, "learn_drop": {}},
+        },
+        {"constraints": {"accuracy": ">= 1.2x"}},
+    ],
+)
+def test_what_only_training_tells_may_be_an_objective_or_a_bound(sections: dict[str, Any]) -> None:
+    parse_space(small(**sections))
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
