@@ -35,7 +35,7 @@ _PRIORS = {
     "smoothness": (-0.7, 0.7),
     "noise": (-1.5, 0.7),
 }
-_ITERATIONS = 40
+_ITERATIONS, _TOLERANCE, _FARTHEST = 25, 1e-3, 4.0
 # The parameters are found from so many points at most; all of them are then conditioned on.
 _MOST_FITTED = 250
 _DEPTH = 2.0
@@ -101,25 +101,27 @@ class GaussianProcess:
     def _fit(self, points: Points, targets: Tensor, own: Tensor) -> dict[str, Tensor]:
         start = torch.tensor([mean for mean, _ in _PRIORS.values()], dtype=torch.float64)
         spread = torch.tensor([sd for _, sd in _PRIORS.values()], dtype=torch.float64)
-        logs = start.clone().requires_grad_()
+        # How far the logarithms are from there, in standard deviations; a bound keeps the line search in its senses.
+        steps = torch.zeros_like(start).requires_grad_()
         parts = self._covariance.parts(points, points)
-        optimizer = torch.optim.LBFGS([logs], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [steps], max_iter=_ITERATIONS, tolerance_change=_TOLERANCE, line_search_fn="strong_wolfe"
+        )
+
+        def weights() -> dict[str, Tensor]:
+            return dict(zip(_PRIORS, start + spread * _FARTHEST * torch.tanh(steps / _FARTHEST), strict=True))
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            weights = dict(zip(_PRIORS, logs, strict=True))
-            factor = self._factorise(parts, own, weights)
+            factor = self._factorise(parts, own, weights())
             solved = torch.linalg.solve_triangular(factor, targets[:, None], upper=False)
-            value = 0.5 * solved.square().sum() + factor.diagonal().log().sum()
-            penalty = 0.5 * ((logs - start) / spread).square().sum()
-            total: Tensor = value + penalty
+            total: Tensor = 0.5 * (solved.square().sum() + steps.square().sum()) + factor.diagonal().log().sum()
             total.backward()
             return total
 
         optimizer.step(loss)
-        # Where the search for them has failed, what is likely beforehand still holds.
-        found = logs.detach() if bool(logs.isfinite().all()) else start
-        return dict(zip(_PRIORS, found, strict=True))
+        with torch.no_grad():
+            return weights()
 
     def _factorise(self, parts: _Parts, own: Tensor, weights: dict[str, Tensor]) -> Tensor:
         total = self._covariance.total(parts, weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -20,12 +21,15 @@ from rlsearch.replacement import plan
 from rlsearch.search import sampler as sampler_module
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
+from rlsearch.search.outcome import Outcome
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import PolicySampler, Proposal
 from rlsearch.search.space import parse_space
 from rlsearch.search.variations import random_choices
 
 SHAPE = (3, 16, 16)
+QUICK = {"sampler": {"name": "front", "candidates": 50}, "baseline_seeds": 1}
+OBJECTIVES = ("accuracy", "params", "train_flops")
 DIRECTIONS = ["maximize", "minimize", "minimize"]
 
 
@@ -39,7 +43,8 @@ def content(**sections: Any) -> dict[str, Any]:
         "model": {"name": "resnet20"},
         "data": {"name": "digits"},
         "space": {"replacement": {"blocks": ["skip", "scalar", "channel"]}},
-        "search": {"startup_trials": 6},
+        "objectives": {"accuracy": "maximize", "params": "minimize", "train_flops": "minimize"},
+        "search": {"startup_trials": 6, **QUICK},
     }
     return {**usual, **sections}
 
@@ -57,9 +62,8 @@ def costs_of(name: str) -> ExactCosts:
 def sampler_of(policies: PolicySpace) -> PolicySampler:
     costs = costs_of(policies.space.model.name)
     baseline = Policy(policies.space.model)
-    return PolicySampler(
-        policies, HardConstraints(policies.space.constraints, costs, baseline, policies.space.training)
-    )
+    constraints = HardConstraints(policies.space.constraints, costs, baseline, policies.space.training)
+    return PolicySampler(policies, constraints, costs)
 
 
 def new_study() -> optuna.Study:
@@ -90,11 +94,25 @@ def search(
         if proposal is None:
             break
         number = len(study.trials)
-        study.add_trial(proposal.to_trial({"origin": proposal.origin}))
         state = (ends or {}).get(number)
-        study.tell(number, None if state else values(proposal), state=state)
+        told = values(proposal)
+        study.add_trial(proposal.to_trial(attributes(proposal, told)))
+        study.tell(number, None if state else told, state=state)
         proposals.append(proposal)
     return proposals
+
+
+def attributes(proposal: Proposal, values: list[float] | None = None) -> dict[str, Any]:
+    """What a run's study keeps of a trial; its accuracy after each of two epochs, where it has values."""
+    epochs = (
+        [dict(zip(OBJECTIVES, [share * values[0], *values[1:]], strict=True)) for share in (0.7, 1)] if values else []
+    )
+    return {
+        "policy": proposal.policy.to_dict(),
+        "training": asdict(proposal.training),
+        "origin": proposal.origin,
+        "outcome": Outcome("RUNNING" if values is None else "COMPLETE", tuple(epochs)).to_dict(),
+    }
 
 
 def points(proposals: list[Proposal]) -> list[tuple[str, Any]]:
@@ -186,7 +204,7 @@ def test_every_proposal_of_every_space_is_valid(
         space={"replacement": replacement, "learn_drop": learn_drop},
         training=training,
         constraints=limit,
-        search={"seed": seed, "startup_trials": 5},
+        search={"seed": seed, "startup_trials": 5, **QUICK},
     )
     proposals = search(sampler_of(policies), new_study(), 14)
     assert len(set(points(proposals))) == len(proposals)
@@ -205,7 +223,7 @@ def test_every_proposal_of_every_space_is_valid(
 
 def test_two_hundred_proposals_are_all_different() -> None:
     policies = policies_of(
-        space={"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {}}, search={"startup_trials": 150}
+        space={"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {}}, search={"startup_trials": 150, **QUICK}
     )
     proposals = search(sampler_of(policies), new_study(), 200)
     assert len(proposals) == 200
@@ -231,7 +249,15 @@ def test_a_space_of_one_range_is_never_exhausted() -> None:
     assert len({proposal.training.lr for proposal in proposals}) == 40
 
 
-def test_the_sampler_learns_which_unit_to_leave_alone() -> None:
+def test_the_baseline_trains_with_as_many_seeds_as_asked_for() -> None:
+    proposals = search(sampler_of(policies_of(search={"baseline_seeds": 3})), new_study(), 6)
+    assert [item.origin for item in proposals[:4]] == ["baseline", "baseline repeat", "baseline repeat", "skip control"]
+    assert [item.repeat for item in proposals[:4]] == [0, 1, 2, 0]
+    assert proposals[0].policy == proposals[1].policy == proposals[2].policy
+
+
+@pytest.mark.parametrize("name", ["front", "tpe"])
+def test_the_sampler_learns_which_unit_to_leave_alone(name: str) -> None:
     def replaces_it(policy: Policy) -> bool:
         return "layer2.2" in {item.unit for item in policy.replacements}
 
@@ -239,7 +265,7 @@ def test_the_sampler_learns_which_unit_to_leave_alone() -> None:
         harmful = replaces_it(proposal.policy)
         return [0.9 - 0.3 * harmful, 100.0 - len(proposal.policy.replacements) + harmful, 50.0]
 
-    policies = policies_of(model={"name": "resnet32"}, search={"startup_trials": 20})
+    policies = policies_of(model={"name": "resnet32"}, search={"startup_trials": 20, **QUICK, "sampler": name})
     learned = search(sampler_of(policies), new_study(), 70, values=values)[20:]
     rng = random.Random(0)
     drawn = [policies.decide(random_choices(policies, rng)).policy for _ in range(500)]
@@ -253,7 +279,8 @@ def test_an_exhausted_space_is_proposed_whole_and_then_nothing(
 ) -> None:
     monkeypatch.setattr(sampler_module, "_RANDOM_ATTEMPTS", 0)  # luck alone finds the last point of so small a space
     policies = policies_of(
-        space={"replacement": {"units": ["layer1.*", "layer2.*"], "blocks": blocks}, "learn_drop": {}}
+        space={"replacement": {"units": ["layer1.*", "layer2.*"], "blocks": blocks}, "learn_drop": {}},
+        search={"sampler": "random", "baseline_seeds": 1},
     )
     size = policies.num_points()
     study = new_study()
@@ -280,27 +307,30 @@ def test_failed_and_pruned_trials_are_not_proposed_again_and_pruned_ones_do_not_
     assert len(set(points(proposals))) == 30
 
 
-def test_running_trials_are_not_proposed_again() -> None:
-    study, sampler = new_study(), sampler_of(policies_of())
+@pytest.mark.parametrize("name", ["front", "tpe", "nsga2", "random"])
+def test_running_trials_are_not_proposed_again(name: str) -> None:
+    study, sampler = new_study(), sampler_of(policies_of(search={"startup_trials": 6, **QUICK, "sampler": name}))
     search(sampler, study, 12)
     proposals = []
     for _ in range(6):
         proposal = sampler.propose(study)
         assert proposal is not None
-        study.add_trial(proposal.to_trial({}))
+        study.add_trial(proposal.to_trial(attributes(proposal)))
         proposals.append(proposal)
     assert len(set(points(proposals))) == 6
 
 
-def test_the_same_seed_proposes_the_same_straight_or_interrupted() -> None:
+@pytest.mark.parametrize("name", ["front", "tpe", "nsga2"])
+def test_the_same_seed_proposes_the_same_straight_or_interrupted(name: str) -> None:
+    settings = {"startup_trials": 6, "baseline_seeds": 2, "sampler": name}
     space = {"replacement": {"blocks": ["skip", "scalar"]}, "learn_drop": {"threshold": {"low": 1e-3, "high": 0.1}}}
-    straight = search(sampler_of(policies_of(space=space)), new_study(), 20)
+    straight = search(sampler_of(policies_of(space=space, search=settings)), new_study(), 20)
     study = new_study()
     interrupted = []
     for length in (1, 1, 5, 4, 9):
-        interrupted += search(sampler_of(policies_of(space=space)), study, length)
+        interrupted += search(sampler_of(policies_of(space=space, search=settings)), study, length)
     assert points(interrupted) == points(straight)
-    other = search(sampler_of(policies_of(space=space, search={"seed": 1, "startup_trials": 6})), new_study(), 20)
+    other = search(sampler_of(policies_of(space=space, search={**settings, "seed": 1})), new_study(), 20)
     assert points(other) != points(straight)
 
 
