@@ -28,7 +28,7 @@ from rlsearch.search.variations import coarse_key, mutation, random_choices, sam
 from rlsearch.training.loop import TrainingSpec
 
 BASELINE, SKIP_CONTROL, FREEZE_CONTROL, SAMPLER = "baseline", "skip control", "freeze control", "sampler"
-REPEAT = "baseline repeat"
+REPEAT, SENSITIVITY = "baseline repeat", "sensitivity"
 
 # Attempts at a policy that is new and keeps the constraints. TPE's cost more, and repeat themselves when it is sure.
 _MODELLED_ATTEMPTS = 8
@@ -47,7 +47,7 @@ class Proposal:
     Attributes:
         policy: a valid policy, bound to the space's model.
         training: how to train it.
-        origin: ``baseline``, ``baseline repeat``, ``skip control``, ``freeze control`` or ``sampler``.
+        origin: ``baseline``, ``skip control``, ``freeze control``, ``baseline repeat``, ``sensitivity`` or ``sampler``.
         params: for the study; empty for a control that the space itself does not offer.
         distributions: for the study, of the same names.
         violations: metric to how far its exact cost misses a hard constraint (at or below 0: kept); only the baseline
@@ -105,12 +105,12 @@ class PolicySampler:
         """
         trials = study.get_trials(deepcopy=False)
         seen = {params_key(trial.params) for trial in trials}
+        repeats = sum(trial.user_attrs["origin"] == REPEAT for trial in trials)
         for origin, decided in self._planned:
+            if origin == REPEAT and repeats < self._settings.baseline_seeds - 1:
+                return replace(self._proposal(decided, REPEAT), repeat=repeats + 1)
             if decided.key not in seen:
                 return self._proposal(decided, origin)
-            repeats = sum(trial.user_attrs["origin"] == REPEAT for trial in trials)
-            if origin == BASELINE and repeats < self._settings.baseline_seeds - 1:
-                return replace(self._proposal(decided, REPEAT), repeat=repeats + 1)
         rng = random.Random(f"{self._settings.seed}/{len(trials)}")
         for decided in self._attempts(study, trials, rng):
             if decided.key not in seen and self._constraints.met(decided.policy, decided.training):
@@ -216,6 +216,12 @@ def _planned(policies: PolicySpace, constraints: HardConstraints) -> Iterator[tu
         decided = policies.point(blocks, learn_drop, space.training)
         if constraints.met(decided.policy, decided.training):
             yield origin, decided
+    yield REPEAT, policies.point({}, None, space.training)
+    for unit, variants in policies.blocks.items() if space.search.sensitivities else ():
+        # What one unit bears says much of what several do, and the first block is as good as another to ask with.
+        decided = policies.point({unit: variants[0]}, None, space.training)
+        if constraints.met(decided.policy, decided.training):
+            yield SENSITIVITY, decided
 
 
 def _evenly_spread(names: Sequence[str], count: int) -> list[str]:

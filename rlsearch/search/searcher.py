@@ -16,7 +16,7 @@ from rlsearch.results.tables import TrialRecord
 from rlsearch.search.outcome import CONSTRAINT, Outcome, unmeasured
 from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
-from rlsearch.search.sampler import BASELINE, SAMPLER, PolicySampler
+from rlsearch.search.sampler import BASELINE, SAMPLER, SENSITIVITY, PolicySampler
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.space import SearchSpace
 from rlsearch.search.stopping import Ending, StoppingRules
@@ -25,7 +25,6 @@ from rlsearch.search.worker import Job
 from rlsearch.training.trial_spec import TrialSpec
 
 # Of trials that are trained only as far as it takes to compare layers.
-_SENSITIVITY = "sensitivity"
 _DETAIL_LINES = 12
 _REASON_LENGTH = 250
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -164,7 +163,7 @@ class StudySearcher(Searcher):
 
     def is_probe(self, trial_id: str) -> bool:
         """Whether a trial is to train to racing's first rung and no further."""
-        return self._running[trial_id].origin == _SENSITIVITY
+        return self._running[trial_id].origin == SENSITIVITY
 
     def release(self) -> int:
         """Puts what still runs into the queue of a later resume; how many that were."""

@@ -51,6 +51,8 @@ class SearchSettings:
         sampler: who proposes, once enough is known.
         startup_trials: how many trials end before the sampler models what is good; until then it draws at random.
         baseline_seeds: with how many seeds the baseline trains (>= 1): how far they differ is the noise of all trials.
+        sensitivities: whether every unit is first replaced alone, by the first block that it takes, and trained up to
+            racing's first rung: what one unit bears tells the sampler much.
         max_failures: the search stops when more trials than this have failed.
         min_epochs: racing's first rung; None for no racing: every trial trains to its end.
         eta: racing's rungs are min_epochs * eta^k, and fewer trials than this at one are not compared (>= 2).
@@ -66,6 +68,7 @@ class SearchSettings:
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     startup_trials: int = 10
     baseline_seeds: int = 2
+    sensitivities: bool = False
     max_failures: int = 20
     min_epochs: int | None = None
     eta: int = 3
@@ -79,6 +82,8 @@ class SearchSettings:
             for name, low in least.items()
             if getattr(self, name) is not None and getattr(self, name) < low
         ]
+        if self.sensitivities and self.min_epochs is None:
+            found.append(Problem(f"{key}.sensitivities", "needs search.min_epochs: where such a training ends"))
         if self.seed >= 2**32:
             found.append(Problem(f"{key}.seed", f"must be below 2^32, got {self.seed}"))
         if self.gpu_hours is not None and not 0 < self.gpu_hours < float("inf"):

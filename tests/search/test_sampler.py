@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 from torch import nn
 
+from rlsearch.errors import ConfigError
 from rlsearch.policy import LearnDrop, ModelSpec, Policy
 from rlsearch.replacement import plan
 from rlsearch.search import sampler as sampler_module
@@ -251,9 +252,20 @@ def test_a_space_of_one_range_is_never_exhausted() -> None:
 
 def test_the_baseline_trains_with_as_many_seeds_as_asked_for() -> None:
     proposals = search(sampler_of(policies_of(search={"baseline_seeds": 3})), new_study(), 6)
-    assert [item.origin for item in proposals[:4]] == ["baseline", "baseline repeat", "baseline repeat", "skip control"]
-    assert [item.repeat for item in proposals[:4]] == [0, 1, 2, 0]
-    assert proposals[0].policy == proposals[1].policy == proposals[2].policy
+    assert [item.origin for item in proposals[:4]] == ["baseline", "skip control", "baseline repeat", "baseline repeat"]
+    assert [item.repeat for item in proposals[:5]] == [0, 0, 1, 2, 0]
+    assert proposals[0].policy == proposals[2].policy == proposals[3].policy
+
+
+def test_sensitivities_replace_each_unit_alone() -> None:
+    policies = policies_of(search={"sensitivities": True, "min_epochs": 1, "baseline_seeds": 1})
+    proposals = search(sampler_of(policies), new_study(), 2 + len(policies.blocks) + 1)
+    alone = proposals[2:-1]
+    assert {item.origin for item in alone} == {"sensitivity"}
+    assert [[r.unit for r in item.policy.replacements] for item in alone] == [[unit] for unit in policies.blocks]
+    assert proposals[-1].origin == "sampler"
+    with pytest.raises(ConfigError, match=r"search\.sensitivities: needs search\.min_epochs"):
+        policies_of(search={"sensitivities": True})
 
 
 @pytest.mark.parametrize("name", ["front", "tpe"])

@@ -42,7 +42,7 @@ def content(**changes: Any) -> dict[str, Any]:
             "replacement": {"units": "layer*", "blocks": ["skip", "scalar"], "max_fraction": 0.5},
             "learn_drop": {"threshold": {"low": 0.001, "high": 0.1, "log": True}},
         },
-        "search": {"trials": 8, "startup_trials": 4},
+        "search": {"trials": 8, "startup_trials": 4, "baseline_seeds": 1},
     }
     return space | changes
 
