@@ -1,4 +1,4 @@
-"""The benchmarks of one trial run, those parts too that need a GPU: small, on the CPU."""
+"""Benchmarks run small, on the CPU; those parts of one trial's too that need a GPU."""
 
 from __future__ import annotations
 
@@ -32,3 +32,17 @@ def test_predicted_memory_is_that_of_whole_steps() -> None:
     errors = measured_errors(SMALL[:1], on_cuda=False)["memory_error"]
     assert len(errors) >= 10
     assert max(errors) < 0.005
+
+
+def test_the_benchmark_of_searches_runs_small() -> None:
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "search.py"), "--quick"], capture_output=True, text=True, timeout=250
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    reached = result["figures"]["trainings_to_tpe200_and_shares"]
+    assert result["name"] == "search"
+    assert len(reached) == 7
+    assert all(len(counts) == 5 for counts in reached.values())
+    assert all(1 <= count <= 16 for counts in reached.values() for count in counts if count is not None)
+    assert any(counts[-1] is not None for counts in reached.values())  # somebody found the best that was found

@@ -23,7 +23,7 @@ from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.front_sampler import FrontSampler
 from rlsearch.search.policy_space import Decided, PolicySpace, Suggest, params_key
 from rlsearch.search.ranges import Distribution
-from rlsearch.search.sampler_settings import SamplerSettings
+from rlsearch.search.sampler_settings import SAMPLERS, SamplerSettings
 from rlsearch.search.variations import coarse_key, mutation, random_choices, same_choices
 from rlsearch.training.loop import TrainingSpec
 
@@ -92,7 +92,7 @@ class PolicySampler:
         self._planned = list(_planned(policies, constraints))
         self._front: FrontSampler | None = None
         sampler = self._settings.sampler
-        if sampler.name == "front":
+        if sampler.name == "front" and "accuracy" in policies.space.objectives:
             self._front = FrontSampler(policies, costs, constraints, self._settings.seed, **sampler.options)
 
     def propose(self, study: Study) -> Proposal | None:
@@ -155,10 +155,10 @@ class PolicySampler:
 
 
 def _sampler(settings: SamplerSettings, seed: int) -> BaseSampler:
-    """One of Optuna's own."""
+    """One of Optuna's own: TPE where the search's own has no accuracy to learn."""
     if settings.name == "nsga2":
         return NSGAIISampler(seed=seed, population_size=settings.options["population_size"])
-    candidates = settings.options["n_ei_candidates"]
+    candidates = settings.options.get("n_ei_candidates", SAMPLERS["tpe"]["n_ei_candidates"][1])
     with warnings.catch_warnings():
         # `group` is what makes TPE model a conditional space; Optuna still calls it experimental.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -179,12 +179,17 @@ def _unchanged(batch: Any) -> Any:
 def _begin_worker(training: int, number: int) -> None:
     """A handler that the training's process has for the end of a run would keep a worker from its own."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+    # DataLoader looks too, but asks late who the parent is: a worker whose training was killed in its first moments
+    # would wait for ever for a stranger's end.
+    end_with_parent(training)
 
 
-def _end_with(training: int) -> None:
-    """Ends this process after its parent's. DataLoader looks too, but asks late who the parent is: a worker whose
-    training was killed in its first moments would wait for ever for a stranger's end."""
-    while os.getppid() == training:
-        time.sleep(1)
-    os._exit(1)
+def end_with_parent(parent: int) -> None:
+    """From now on this process ends within a second or so of its parent, whose process id that was at its start."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

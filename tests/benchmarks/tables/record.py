@@ -35,6 +35,7 @@ from rlsearch.search.policy_space import Decided, PolicySpace
 from rlsearch.search.space import SearchSpace, load_space
 from rlsearch.search.variations import crossing, mutation, random_choices
 from rlsearch.training.data import load_data
+from rlsearch.training.stream_reader import end_with_parent
 from rlsearch.training.trial import Trial
 
 HERE = Path(__file__).parent
@@ -211,7 +212,8 @@ def main() -> None:
     recorder = Recorder(options.work, shards.resolve(), weights.resolve(), options.policies)
     running: set[Future[dict[str, Any]]] = set()
     started, before = time.monotonic(), len(recorder.rows)
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, end_with_parent, (os.getpid(),)) as pool:
         while True:
             while len(running) < options.processes and (content := recorder.next()) is not None:
                 running.add(pool.submit(train, content))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import optuna
@@ -36,6 +36,9 @@ from rlsearch.training.trial_spec import TrialSpec
 
 # A space's images, which play no part but in operations.
 IMAGES = 480
+
+
+MakeSampler: TypeAlias = Callable[[PolicySpace, HardConstraints, ExactCosts], Any]
 
 
 class Landscape(Protocol):
@@ -74,15 +77,25 @@ class Replayed:
         epochs: how many each was trained.
         whole: whether each was trained to its end.
         work: operations of each.
+        study: what the search has left.
     """
 
     policies: tuple[tuple[Policy, TrainingSpec], ...]
     epochs: tuple[int, ...]
     whole: tuple[bool, ...]
     work: tuple[float, ...]
+    study: optuna.Study
 
 
-def replay(table: Table, *, trials: int, seed: int, concurrent: int = 1, **settings: Any) -> Replayed:
+def replay(
+    table: Table,
+    *,
+    trials: int,
+    seed: int,
+    concurrent: int = 1,
+    make: MakeSampler = PolicySampler,
+    **settings: Any,
+) -> Replayed:
     """A search through the classes of a real one.
 
     Args:
@@ -90,6 +103,7 @@ def replay(table: Table, *, trials: int, seed: int, concurrent: int = 1, **setti
         trials: how many.
         seed: of the proposals, and of every training's noise.
         concurrent: trials at once.
+        make: what proposes.
         settings: of ``search``, beside those.
     """
     space = table.space
@@ -102,7 +116,7 @@ def replay(table: Table, *, trials: int, seed: int, concurrent: int = 1, **setti
     study = optuna.create_study(storage=storage, directions=[*space.objectives.values()])
     study.set_user_attr("trials", trials)
     progress = SearchProgress(Console(quiet=True), space.objectives, trials)
-    sampler = PolicySampler(policies, constraints, table.costs)
+    sampler = make(policies, constraints, table.costs)
     run_study = RunStudy(storage, study, space.objectives)
     searcher = StudySearcher(space, run_study, _NoFolder(), sampler, progress)  # type: ignore[arg-type]
     if space.search.min_epochs is not None:
@@ -112,8 +126,9 @@ def replay(table: Table, *, trials: int, seed: int, concurrent: int = 1, **setti
             space.training.epochs,
             space.objectives,
             searcher.is_protected,
+            searcher.is_probe,
         )
-    return _Loop(table, searcher, concurrent).run()
+    return _Loop(table, searcher, study, concurrent).run()
 
 
 class _NoFolder:
@@ -137,9 +152,10 @@ def _with_space(policies: PolicySpace, space: SearchSpace) -> PolicySpace:
 class _Loop:
     """What Tune does: starts trials, hands on their epochs, and stops those that the scheduler wants to stop."""
 
-    def __init__(self, table: Table, searcher: StudySearcher, concurrent: int) -> None:
+    def __init__(self, table: Table, searcher: StudySearcher, study: optuna.Study, concurrent: int) -> None:
         self._table = table
         self._searcher = searcher
+        self._study = study
         self._concurrent = concurrent
         self._ends: list[tuple[float, str]] = []
         self._trials: dict[str, tuple[TrialSpec, list[dict[str, Any]]]] = {}
@@ -165,7 +181,7 @@ class _Loop:
         policies = tuple((policy, training) for policy, training, _, _ in self._done)
         epochs = tuple(epochs for _, _, epochs, _ in self._done)
         whole = tuple(count == training.epochs for _, training, count, _ in self._done)
-        return Replayed(policies, epochs, whole, tuple(work for *_, work in self._done))
+        return Replayed(policies, epochs, whole, tuple(work for *_, work in self._done), self._study)
 
     def _start(self, trial_id: str, spec: TrialSpec, now: float) -> None:
         cost = self._table.costs.cost(spec.policy, spec.training)
@@ -263,6 +279,3 @@ class Judge:
 def first_reaching(trace: Sequence[float], level: float) -> float:
     """How many trials it took to reach a hypervolume; infinite where it never did."""
     return next((index for index, value in enumerate(trace, 1) if value >= level), math.inf)
-
-
-Search = Callable[[Table, int], Replayed]
