@@ -1,11 +1,13 @@
 """How many trainings a search needs: the search's own sampler beside Optuna's, on a landscape that costs no training.
 
     python tests/benchmarks/search.py [--seeds 20]     searches of 200 trials, by the classes of a real run
+    python tests/benchmarks/search.py --simulated      on accuracies that nobody trained for
     python tests/benchmarks/search.py --quick          searches of 16 trials
 
-The model is the narrow ResNet-50 of `tables/`, with its real costs; the accuracies are simulated: effects of units that
-mostly add up, stronger early in a stage, some pairs that do not, a best learning rate, learning curves that cross, and
-noise of a point. Hypervolumes are of accuracies without noise. All searches see the same landscape; seeds differ.
+The model is the narrow ResNet-50 of `tables/`, with its real costs. Accuracies are those of `tables/surrogate.py`,
+learned from recorded trainings; or simulated: effects of units that mostly add up, stronger early in a stage, some pairs
+that do not, a best learning rate, learning curves that cross, and noise of a point. Hypervolumes are of accuracies
+without noise. All searches see the same landscape; seeds differ.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from optuna.samplers import TPESampler
 
 sys.path.insert(0, str(Path(__file__).parent / "tables"))
 from record import open_space
-from replay import Judge, Replayed, Table, first_reaching, replay
+from replay import Judge, Landscape, Replayed, Table, first_reaching, replay
+from surrogate import Recorded
 
 from rlsearch import Policy, TrainingSpec
 from rlsearch.search.costs import ExactCosts, HardConstraints
@@ -146,13 +149,15 @@ def suggest_seconds(table: Table, count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--simulated", action="store_true", help="simulated accuracies in place of recorded ones")
     parser.add_argument("--quick", action="store_true", help="16 trials, 1 seed")
     parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     trials, seeds = (16, 1) if options.quick else (200, options.seeds)
     space, policies, costs = open_space()
-    table = Table(space, policies, costs, Simulated(policies))
+    landscape: Landscape = Simulated(policies) if options.simulated else Recorded(policies)
+    table = Table(space, policies, costs, landscape)
     judge = Judge(table)
     traces: dict[str, list[list[float]]] = {name: [] for name in RIVALS}
     work: dict[str, list[list[float]]] = {name: [] for name in RIVALS}
@@ -164,7 +169,9 @@ def main() -> None:
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     best = max(trace[-1] for found in traces.values() for trace in found)
     level = float(np.median([trace[-1] for trace in traces["TPE as it comes"]]))
-    print(f"{trials} trials, {seeds} seeds; quarter, median, three quarters of the trainings to a hypervolume")
+    kind = "simulated" if options.simulated else "recorded"
+    print(f"{kind} accuracies, {trials} trials, {seeds} seeds: after how many trainings a hypervolume was reached")
+    print("(a quarter of the seeds, half of them, three quarters)")
     heads = [f"TPE's last ({level / best:.0%})", *(f"{share:.0%} of the best" for share in SHARES)]
     print(f"{'':<33}" + "".join(f"{head:>20}" for head in heads))
     figures: dict[str, Any] = {}
@@ -180,7 +187,7 @@ def main() -> None:
     times = {count: 1e3 * suggest_seconds(table, count) for count in ((16,) if options.quick else (300, 1000))}
     print("a proposal after", ", ".join(f"{count} trials: {ms:.0f} ms" for count, ms in times.items()))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    rows = {"trainings_to_tpe200_and_shares": figures, "shares": SHARES, "suggest_ms": times}
+    rows = {"landscape": kind, "trainings_to_tpe200_and_shares": figures, "shares": SHARES, "suggest_ms": times}
     print(json.dumps({"name": "search", "figures": rows, "n": seeds, "machine": machine}))
 
 
