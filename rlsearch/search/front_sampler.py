@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
 
 from rlsearch.results.pareto import pareto_front
 from rlsearch.search.acquisition import expected_gains
@@ -28,6 +29,7 @@ from rlsearch.search.objective_losses import ObjectiveLosses, exact_metrics
 from rlsearch.search.observations import Observed, final_accuracies, observe, points_of
 from rlsearch.search.policy_space import Decided, PolicySpace
 from rlsearch.search.ranges import draw
+from rlsearch.search.space import SearchSpace
 from rlsearch.search.variations import coarse_key, crossing, mutation, random_choices
 
 # Shares of the candidates; the rest are the neighbours of the best of these.
@@ -68,7 +70,6 @@ class FrontSampler(BaseSampler):
         self._seed = seed
         self._count = candidates
         self._encoding = Encoding(policies)
-        self._objectives = policies.space.objectives
         self._observed: dict[tuple[int, TrialState], Observed | None] = {}
         self._chosen: dict[int, Mapping[str, Any]] = {}
 
@@ -103,7 +104,7 @@ class FrontSampler(BaseSampler):
         whole = [item for item in observed if item.is_whole]
         if len(whole) < 2:
             return {}
-        view = _View(self._encoding, self._objectives, self._costs, observed, whole)
+        view = _View(self._policies.space, self._encoding, self._costs, observed, whole)
         seen = {coarse_key(trial.params, trial.distributions) for trial in trials}
         best: list[tuple[float, Decided]] = []
         for fresh in self._rounds(view, best, rng):
@@ -152,8 +153,8 @@ class _View:
 
     def __init__(
         self,
+        space: SearchSpace,
         encoding: Encoding,
-        objectives: Mapping[str, str],
         costs: ExactCosts,
         observed: Sequence[Observed],
         whole: Sequence[Observed],
@@ -166,7 +167,9 @@ class _View:
         self._accuracy = self._model(points[known], accuracies[known], variances[known])
         finished = np.array([index for index, item in enumerate(observed) if item.is_whole])
         exact = [exact_metrics(costs, item.policy, item.training) for item in whole]
-        self._losses = ObjectiveLosses(objectives, encoding, whole, exact, points[finished])
+        self._losses = ObjectiveLosses(space.objectives, encoding, whole, exact, points[finished])
+        self._bounds = [constraint for constraint in space.constraints if constraint.metric == "accuracy"]
+        self._reference = float(whole[0].final["accuracy"])
         running = np.array([index for index, item in enumerate(observed) if item.is_running], dtype=np.int64)
         if len(running):
             # What runs is taken to become what it is likely to: its like are then not proposed beside it.
@@ -180,7 +183,9 @@ class _View:
         self._set_front(observed, points, [*finished.tolist(), *running.tolist()])
 
     def _set_front(self, observed: Sequence[Observed], points: Points, members: Sequence[int]) -> None:
-        kept = np.array([index for index in members if observed[index].is_feasible], dtype=np.int64)
+        # While nothing keeps all constraints, what comes near is made out of what breaks them.
+        feasible = [index for index in members if observed[index].is_feasible] or list(members)
+        kept = np.array(feasible, dtype=np.int64)
         items = [observed[index] for index in kept]
         self._front = self._accuracy.predict(points[kept])[0]
         self._front_costs = self._losses.predicted(
@@ -201,7 +206,17 @@ class _View:
         )
         mean, deviation = self._accuracy.predict(points)
         losses = self._losses.predicted(points, [item.exact for item in candidates])
-        return expected_gains(mean, deviation, losses, self._front, self._front_costs)
+        gains = expected_gains(mean, deviation, losses, self._front, self._front_costs)
+        return gains * self._chances(mean, deviation)
+
+    def _chances(self, mean: Floats, deviation: Floats) -> Floats:
+        """How likely each keeps the constraints on accuracy; those on exact costs are kept already."""
+        chances = np.ones(len(mean))
+        for constraint in self._bounds:
+            # Linear in what is measured: at or below 0 the bound is kept.
+            missing = np.array([constraint.violation(value, self._reference) for value in mean])
+            chances *= ndtr(-missing / deviation)
+        return chances
 
     def _model(self, points: Points, values: Floats, variances: Floats) -> GaussianProcess:
         quarter, middle, three = np.percentile(values, (25, 50, 75))

@@ -5,7 +5,7 @@
     python tests/benchmarks/search.py --quick          searches of 16 trials
 
 The model is the narrow ResNet-50 of `tables/`, with its real costs. Accuracies are those of `tables/surrogate.py`,
-learned from recorded trainings; or simulated: effects of units that mostly add up, stronger early in a stage, some pairs
+learned from recorded trainings; or simulated: effects of units that mostly add up, stronger early in a stage, pairs
 that do not, a best learning rate, learning curves that cross, and noise of a point. Hypervolumes are of accuracies
 without noise. All searches see the same landscape; seeds differ.
 """

@@ -86,6 +86,7 @@ def trained(decided: Decided, state: str = "COMPLETE") -> optuna.trial.FrozenTri
         values=[final[name] for name in OBJECTIVES] if state == "COMPLETE" else None,
         params=dict(decided.params),
         distributions=dict(decided.distributions),
+        constraints={},
         user_attrs={
             "policy": decided.policy.to_dict(),
             "training": asdict(decided.training),
@@ -172,6 +173,23 @@ def test_exact_constraints_are_never_broken() -> None:
     base = metrics(Policy(policies.space.model), policies.space.training)["params"]
     chosen = searched(policies, 16)[10:]
     assert all(metrics(item.policy, item.training)["params"] <= 0.8 * base for item in chosen)
+
+
+def test_a_bound_on_accuracy_is_kept_where_it_can_be() -> None:
+    free = searched(policies_of(), 18)[10:]
+    bound = searched(policies_of(constraints={"accuracy": ">= 0.97x"}), 18)[10:]
+    least = 0.97 * accuracy(Policy(policies_of().space.model))
+    assert sum(accuracy(item.policy) < least for item in free) >= 4
+    assert sum(accuracy(item.policy) < least for item in bound) <= 2
+
+
+def test_trials_that_all_break_a_constraint_are_learned_from() -> None:
+    policies = policies_of(constraints={"accuracy": ">= 0.99"})
+    trials = [trained(item) for item in start(policies)]
+    for trial in trials:
+        trial.constraints["accuracy"] = 0.2
+    assert all(value > 0 for trial in trials for value in trial.constraints.values())
+    assert sampler_of(policies).choose(study_of(trials).get_trials(deepcopy=False))
 
 
 def test_stopped_and_failed_trials_are_not_proposed_again() -> None:
