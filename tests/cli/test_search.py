@@ -105,7 +105,7 @@ def check_whole(folder: Path, trials: int) -> None:
     assert [record.trial for record in records] == list(range(trials))
     assert records[0].origin == "baseline"
     assert [[r.accuracy, r.params, r.memory, r.train_flops] for r in records] == [t.values for t in study.trials]
-    assert len({record.policy_hash for record in records}) == trials
+    assert len({(record.policy_hash, record.seed) for record in records}) == trials
     assert sorted(path.name for path in (folder / "tensorboard").iterdir()) == [f"trial-{i:05d}" for i in range(trials)]
     for record in records:
         rows = read_epochs(folder / "epochs" / f"trial-{record.trial:05d}.parquet")

@@ -156,7 +156,7 @@ def test_parts_of_units_with_searched_options_are_trained_and_resumed(tmp_path: 
     searched = space(
         space={"replacement": replacement},
         training={"epochs": 1, "batch_size": 32},
-        search={"trials": 3, "max_concurrent": 1, "seed": 2},
+        search={"trials": 3, "max_concurrent": 1, "seed": 2, "baseline_seeds": 1},
     )
     folder = tmp_path / "run"
     start_search(searched, folder, console=quiet())
