@@ -22,6 +22,7 @@ from scipy.special import ndtr
 
 from rlsearch.results.pareto import pareto_front
 from rlsearch.search.acquisition import expected_gains
+from rlsearch.search.additive import SingleReplacements
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.encoding import Encoding, Floats
 from rlsearch.search.gaussian_process import GaussianProcess, Points
@@ -30,10 +31,10 @@ from rlsearch.search.observations import Observed, final_accuracies, observe, po
 from rlsearch.search.policy_space import Decided, PolicySpace
 from rlsearch.search.ranges import draw
 from rlsearch.search.space import SearchSpace
-from rlsearch.search.variations import coarse_key, crossing, mutation, random_choices
+from rlsearch.search.variations import coarse_key, crossing, mutation, random_choices, same_settings
 
 # Shares of the candidates; the rest are the neighbours of the best of these.
-_MUTATED, _CROSSED, _RANDOM = 0.3, 0.2, 0.2
+_MUTATED, _CROSSED, _RANDOM, _ADDED_UP = 0.3, 0.2, 0.17, 0.03
 _ROUNDS, _PARENTS = 2, 8
 # An accuracy so many interquartile ranges below the median (a training that diverged) counts as one just there.
 _FARTHEST = 3.0
@@ -70,6 +71,8 @@ class FrontSampler(BaseSampler):
         self._seed = seed
         self._count = candidates
         self._encoding = Encoding(policies)
+        self._singles = SingleReplacements(policies)
+        self._alone: list[_Candidate] = []
         self._observed: dict[tuple[int, TrialState], Observed | None] = {}
         self._chosen: dict[int, Mapping[str, Any]] = {}
 
@@ -127,7 +130,7 @@ class FrontSampler(BaseSampler):
             key = coarse_key(decided.params, decided.distributions)
             if key not in seen:
                 seen.add(key)
-                exact = exact_metrics(self._costs, decided.policy, decided.training)
+                exact = self._exact(decided)
                 if all(violation <= 0 for violation in self._constraints.violations_of(exact).values()):
                     yield _Candidate(decided, exact)
 
@@ -141,11 +144,25 @@ class FrontSampler(BaseSampler):
         crossed = (crossing(rng.choice(parents), rng.choice(parents), rng) for _ in range(int(_CROSSED * count)))
         drawn = (random_choices(self._policies, rng) for _ in range(int(_RANDOM * count)))
         first = [decide(suggest) for suggest in (*mutated, *crossed, *drawn)]
+        first += self._added_up(view, rng)
         yield first
         rest = (count - len(first)) // _ROUNDS
         for _ in range(_ROUNDS):
             around = [decided.params for _, decided in best[:_PARENTS]] or parents
             yield [decide(mutation(rng.choice(around), rng, rng.choice((1, 1, 2)))) for _ in range(rest)]
+
+    def _added_up(self, view: _View, rng: random.Random) -> Iterator[Decided]:
+        """The best replacements if effects add up, with the settings of points on the front."""
+        if not self._policies.blocks:
+            return
+        if not self._alone:
+            self._alone = [_Candidate(decided, self._exact(decided)) for decided in self._singles.points]
+        parents = view.front_params()
+        for blocks in self._singles.optima(view.losses(self._alone), rng, int(_ADDED_UP * self._count)):
+            yield self._policies.decide(same_settings(rng.choice(parents), blocks, rng))
+
+    def _exact(self, decided: Decided) -> Mapping[str, float]:
+        return exact_metrics(self._costs, decided.policy, decided.training)
 
 
 class _View:
@@ -200,14 +217,23 @@ class _View:
 
     def gains(self, candidates: Sequence[_Candidate]) -> Floats:
         """How much hypervolume each is expected to add."""
-        points = Points(
-            np.stack([self._encoding.units(item.decided.policy) for item in candidates]),
-            np.stack([self._encoding.settings(item.decided.policy, item.decided.training) for item in candidates]),
-        )
+        points = self._points(candidates)
         mean, deviation = self._accuracy.predict(points)
         losses = self._losses.predicted(points, [item.exact for item in candidates])
         gains = expected_gains(mean, deviation, losses, self._front, self._front_costs)
         return gains * self._chances(mean, deviation)
+
+    def losses(self, candidates: Sequence[_Candidate]) -> Floats:
+        """What each is likely to have in every objective, minimised, accuracy first: (N, 1 + M)."""
+        points = self._points(candidates)
+        costs = self._losses.predicted(points, [item.exact for item in candidates])
+        return np.column_stack([-self._accuracy.predict(points)[0], costs])
+
+    def _points(self, candidates: Sequence[_Candidate]) -> Points:
+        return Points(
+            np.stack([self._encoding.units(item.decided.policy) for item in candidates]),
+            np.stack([self._encoding.settings(item.decided.policy, item.decided.training) for item in candidates]),
+        )
 
     def _chances(self, mean: Floats, deviation: Floats) -> Floats:
         """How likely each keeps the constraints on accuracy; those on exact costs are kept already."""

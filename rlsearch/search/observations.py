@@ -11,15 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rlsearch.policy import Policy
 from rlsearch.search.encoding import Encoding, Floats
+from rlsearch.search.forecast import Line, fit_line
 from rlsearch.search.gaussian_process import Points
-from rlsearch.search.outcome import Outcome
+from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.training.loop import TrainingSpec
-
-OUTCOME = "outcome"
-"""The trial's user attribute that holds its `Outcome`."""
-
-# So many trainings to the end tell what an epoch's accuracy becomes.
-_LEAST_PAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -77,41 +72,25 @@ def points_of(encoding: Encoding, observed: Sequence[Observed]) -> Points:
 def final_accuracies(observed: Sequence[Observed]) -> tuple[Floats, Floats]:
     """What each trial's accuracy is at its end, or is likely to become, and the variance of that beside the noise.
 
-    A training that was stopped counts as what the others' accuracy became from such a one after the same epoch, by a
-    line through them, with their spread about it; NaN where too few of them tell.
+    A training that was stopped counts as what the others' accuracy became from such a one after the same epoch
+    (`rlsearch.search.forecast`), with their spread about that; NaN where too few of them tell.
 
     Returns:
         accuracies and variances, (N,) each.
     """
     whole = [item for item in observed if item.is_whole]
     values, variances = np.full(len(observed), np.nan), np.zeros(len(observed))
-    lines: dict[int, tuple[float, float, float] | None] = {}
+    lines: dict[int, Line | None] = {}
     for index, item in enumerate(observed):
         epoch = len(item.curve)
         if item.is_whole:
             values[index] = item.curve[-1]
         elif epoch:
             if epoch not in lines:
-                lines[epoch] = _line(
-                    [(other.curve[epoch - 1], other.curve[-1]) for other in whole if len(other.curve) > epoch]
-                )
+                longer = [other.curve for other in whole if len(other.curve) > epoch]
+                lines[epoch] = fit_line([curve[epoch - 1] for curve in longer], [curve[-1] for curve in longer])
             line = lines[epoch]
             if line is not None:
-                slope, start, variances[index] = line
-                values[index] = start + slope * item.curve[-1]
+                values[index] = line.at(item.curve[-1])
+                variances[index] = line.deviation(item.curve[-1]) ** 2
     return values, variances
-
-
-def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float] | None:
-    """Slope, start and the variance about it of a line from an epoch's accuracy to the last one's."""
-    if len(pairs) < _LEAST_PAIRS:
-        return None
-    before, after = np.array(pairs, dtype=np.float64).T
-    spread = float(before.var())
-    # The slope of a line through few noisy points is pulled towards 1: what is ahead stays ahead by as much.
-    prior = 0.25 * spread + 1e-8
-    slope = (float(np.mean((before - before.mean()) * (after - after.mean()))) + prior) / (spread + prior)
-    slope = min(max(slope, 0.0), 2.0)
-    start = float(after.mean() - slope * before.mean())
-    variance = float(np.sum((after - start - slope * before) ** 2)) / (len(pairs) - 2)
-    return slope, start, variance

@@ -1,7 +1,7 @@
 """The chance that a trial under way will improve the final front, from what it shows at a rung.
 
-Reconstruction (METHODS section 5). Costs are known or nearly so, accuracy at the end is not: it is forecast by a robust
-line from the accuracy at the rung, over the trials that reached both, with the spread that they have around that line.
+Reconstruction (METHODS section 5). Costs are known or nearly so, accuracy at the end is not: it is forecast from the
+accuracy at the rung by what became of the trials that reached both (`rlsearch.search.forecast`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsearch.results.racing import LEAST_TRIALS, rank_correlation
+from rlsearch.search.forecast import Line, fit_line
 
 Floats = NDArray[np.float64]
 
-_ROUNDS = 20
-# Huber's constant: residuals beyond so many spreads pull with the force of that many.
-_BEND = 1.345
-# A normal sample's spread is so many times the median of its absolute residuals.
-_FROM_MEDIAN = 1.4826
 # Sums of FLOPs differ in their last bits.
 _SAME_COST = 1 + 1e-9
 # More forecasts of the final costs than this tell nothing new, and take time.
@@ -66,7 +62,7 @@ class Odds:
         front = [trial for trial in finished if trial.is_candidate]
         self._front_accuracies = np.array([trial.final_accuracy for trial in front])
         self._front_costs = np.array([trial.final_costs for trial in front])
-        self._lines: dict[bool, _Line | None] = {}
+        self._lines: dict[bool, Line | None] = {}
         self._changes: dict[bool, Floats] = {}
         for drops in (False, True):
             kind = [trial for trial in finished if trial.drops == drops]
@@ -90,67 +86,16 @@ class Odds:
         final_costs = np.asarray(costs) * self._changes[drops]
         costs_no_more = (self._front_costs[None] <= final_costs[:, None] * _SAME_COST).all(axis=2)
         bars = np.where(costs_no_more, self._front_accuracies, -np.inf).max(axis=1)
-        return sum(line.chance_above(float(bar), accuracy) for bar in bars) / len(bars)
+        chances = [1.0 if bar == -math.inf else line.chance_above(float(bar), accuracy) for bar in bars]
+        return sum(chances) / len(chances)
 
 
-@dataclass(frozen=True)
-class _Line:
-    """Final accuracy from the accuracy at a rung, with the spread around it.
-
-    Attributes:
-        slope: above 0.
-        centre: the mean accuracy at the rung, weighted.
-        level: the final accuracy there.
-        spread: of the final accuracies around the line.
-        weight: what the trials weigh in all.
-        width: the sum of their squared distances from the centre, weighted.
-        freedom: degrees of freedom of the spread.
-    """
-
-    slope: float
-    centre: float
-    level: float
-    spread: float
-    weight: float
-    width: float
-    freedom: int
-
-    def chance_above(self, bar: float, accuracy: float) -> float:
-        """The chance that a trial with ``accuracy`` at the rung ends above ``bar``."""
-        if bar == -math.inf:
-            return 1.0
-        step = accuracy - self.centre
-        deviation = self.spread * math.sqrt(1 + 1 / self.weight + step**2 / self.width)
-        t = (bar - self.level - self.slope * step) / deviation
-        # Student's t as a normal deviate (Abramowitz and Stegun 26.7.8): few trials leave their spread uncertain.
-        z = t * (1 - 1 / (4 * self.freedom)) / math.sqrt(1 + t**2 / (2 * self.freedom))
-        return 0.5 * math.erfc(z / math.sqrt(2))
-
-
-def _line(finished: Sequence[Finished]) -> _Line | None:
-    """Huber's regression; None where there are too few trials, or where a better rung does not mean a better end."""
+def _line(finished: Sequence[Finished]) -> Line | None:
+    """None where there are too few trials, or where a better rung does not mean a better end."""
     if len(finished) < LEAST_TRIALS:
         return None
-    x = np.array([trial.accuracy for trial in finished])
-    y = np.array([trial.final_accuracy for trial in finished])
-    if not np.ptp(x):
-        return None
-    weights, freedom = np.ones(len(x)), len(x) - 2
-    for _ in range(_ROUNDS):
-        centre, level = np.average(x, weights=weights), np.average(y, weights=weights)
-        width = float(weights @ (x - centre) ** 2)
-        if width <= 0:
-            return None
-        slope = float(weights @ ((x - centre) * (y - level))) / width
-        residuals = np.abs(y - level - slope * (x - centre))
-        # At least a thousandth of a point: accuracies that lie on a line by chance make nothing certain.
-        spread = max(1e-5, _FROM_MEDIAN * float(np.median(residuals)) * math.sqrt(len(x) / freedom))
-        weights = np.minimum(1, _BEND * spread / np.maximum(residuals, 1e-12))
-    # Where the residuals are no normal sample, their median says too little; single wild ones still count as mild.
-    rms = math.sqrt(float((np.minimum(residuals, 2.5 * spread) ** 2).sum()) / freedom)
-    if slope <= 0:
-        return None
-    return _Line(slope, float(centre), float(level), max(spread, rms), float(weights.sum()), width, freedom)
+    line = fit_line([trial.accuracy for trial in finished], [trial.final_accuracy for trial in finished])
+    return None if line is None or line.slope <= 0 else line
 
 
 def _cost_changes(finished: Sequence[Finished], drops: bool) -> Floats:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+OUTCOME = "outcome"
+"""A trial's user attribute in the study that holds its `Outcome`."""
+
 CONSTRAINT = "constraint"
 """The reason's first word where a trial was trained to its end and broke a constraint."""
 

@@ -24,7 +24,6 @@ from rlsearch.search.study import PlannedTrial, RunStudy
 from rlsearch.search.worker import Job
 from rlsearch.training.trial_spec import TrialSpec
 
-# Of trials that are trained only as far as it takes to compare layers.
 _DETAIL_LINES = 12
 _REASON_LENGTH = 250
 Method = TypeVar("Method", bound=Callable[..., Any])

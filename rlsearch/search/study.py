@@ -27,8 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rlsearch.errors import RunFolderError
 from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
-from rlsearch.search.observations import OUTCOME
-from rlsearch.search.outcome import Outcome
+from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.search.sampler import Proposal
 from rlsearch.training.loop import TrainingSpec
 

@@ -62,6 +62,8 @@ class UnitGroup:
         self._sources = {name: variant.sources for name, variant in variants.items()}
         self._fits = fits
         self._known: dict[tuple[int, str, int, int], bool] = {}
+        self._between: dict[tuple[int, int, int], tuple[str, ...]] = {}
+        self._gaps: dict[int, list[Gap]] = {}
         self.variants: dict[str, tuple[str, ...]] = {}
         for place, unit in enumerate(units):
             if unit.name in matched and (found := self._holding(place, tuple(variants), place - 1, place + 1)):
@@ -81,7 +83,7 @@ class UnitGroup:
         for other in range(before + 1, behind):
             if other != place and not self._holds(other, chosen[self._units[other].name], before, behind):
                 return ()
-        return self._holding(place, self.variants[unit], before, behind)
+        return self._offered(place, before, behind)
 
     def borrows(self, variant: str) -> bool:
         """Whether a variant, by name, needs sources."""
@@ -101,9 +103,14 @@ class UnitGroup:
             reached[gap.behind] = plus(reached[gap.behind], found)
         return reached[-1]
 
-    def gaps(self, most: int) -> Iterator[Gap]:
+    def gaps(self, most: int) -> Sequence[Gap]:
         """All valid gaps of at most ``most`` units, empty ones too; those that end at one owner before all that begin
         there."""
+        if most not in self._gaps:
+            self._gaps[most] = list(self._find_gaps(most))
+        return self._gaps[most]
+
+    def _find_gaps(self, most: int) -> Iterator[Gap]:
         for behind in range(len(self._units) + 1):
             # A wider gap between two owners leaves each unit in it fewer variants: after the first that has none, no
             # wider one has any.
@@ -115,12 +122,15 @@ class UnitGroup:
 
     def _gap(self, before: int, behind: int) -> Gap:
         names = [unit.name for unit in self._units]
-        variants = {
-            names[place]: self._holding(place, self.variants.get(names[place], ()), before, behind)
-            for place in range(before + 1, behind)
-        }
+        variants = {names[place]: self._offered(place, before, behind) for place in range(before + 1, behind)}
         is_open = before < 0 or behind == len(names)
         return Gap(before, behind, variants, None if is_open else (names[before], names[behind]))
+
+    def _offered(self, place: int, before: int, behind: int) -> tuple[str, ...]:
+        key = (place, before, behind)
+        if key not in self._between:
+            self._between[key] = self._holding(place, self.variants.get(self._units[place].name, ()), before, behind)
+        return self._between[key]
 
     def _holding(self, place: int, variants: Sequence[str], before: int, behind: int) -> tuple[str, ...]:
         return tuple(variant for variant in variants if self._holds(place, variant, before, behind))

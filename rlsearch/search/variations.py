@@ -76,6 +76,18 @@ def same_choices(params: Mapping[str, Any]) -> Suggest:
     return suggest
 
 
+def same_settings(params: Mapping[str, Any], blocks: Mapping[str, str], rng: random.Random) -> Suggest:
+    """Decides about settings as ``params`` did, and replaces these units, by these variants, and no others."""
+
+    def suggest(name: str, distribution: Distribution) -> Any:
+        kind, _, unit = name.partition(":")
+        if unit:
+            return unit in blocks if kind == "replace" else blocks[unit]
+        return params[name] if name in params else draw(distribution, rng)
+
+    return suggest
+
+
 def coarse_key(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> tuple[Any, ...]:
     """A point's decisions, continuous ones by the tenth of their range.
 

@@ -6,6 +6,7 @@ out. Trials take as long as their operations, so that several at once end in a s
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 
 from rlsearch import Policy, TrainingSpec
-from rlsearch.results.pareto import hypervolume
+from rlsearch.results.pareto import hypervolume, pareto_front
 from rlsearch.results.selection import REFERENCE_FACTOR
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.outcome import Outcome
@@ -108,7 +109,8 @@ def replay(
     """
     space = table.space
     space = replace(space, search=replace(space.search, trials=trials, seed=seed, **settings))
-    policies = _with_space(table.policies, space)
+    policies = copy.copy(table.policies)  # looking at the model again would take a second
+    policies.space = space
     baseline = Policy(space.model)
     constraints = HardConstraints(space.constraints, table.costs, baseline, space.training)
     storage = InMemoryStorage()
@@ -142,13 +144,6 @@ class _NoFolder:
     def write_trials(self, *_: object) -> None: ...
 
 
-def _with_space(policies: PolicySpace, space: SearchSpace) -> PolicySpace:
-    """The same policies for other settings of the search: looking at the model again would take a second."""
-    copy = PolicySpace.__new__(PolicySpace)
-    copy.__dict__.update(policies.__dict__, space=space)
-    return copy
-
-
 class _Loop:
     """What Tune does: starts trials, hands on their epochs, and stops those that the scheduler wants to stop."""
 
@@ -159,6 +154,7 @@ class _Loop:
         self._concurrent = concurrent
         self._ends: list[tuple[float, str]] = []
         self._trials: dict[str, tuple[TrialSpec, list[dict[str, Any]]]] = {}
+        self._reached: dict[str, int] = {}
         self._done: list[tuple[Policy, TrainingSpec, int, float]] = []
 
     def run(self) -> Replayed:
@@ -187,15 +183,14 @@ class _Loop:
         cost = self._table.costs.cost(spec.policy, spec.training)
         curve = self._table.landscape.curve(spec.policy, spec.training, spec.seed)
         rows = [_metrics(cost, accuracy, epoch, spec.training.epochs) for epoch, accuracy in enumerate(curve, 1)]
-        self._trials[trial_id] = spec, rows
+        self._trials[trial_id], self._reached[trial_id] = (spec, rows), 0
         heapq.heappush(self._ends, (now + rows[0]["train_flops"], trial_id))
 
     def _epoch(self, trial_id: str, now: float) -> None:
         """The next epoch of a trial has ended."""
         spec, rows = self._trials[trial_id]
-        reached = sum(1 for row in rows if row.get("reported"))
-        rows[reached]["reported"] = True
-        told = [{name: value for name, value in row.items() if name != "reported"} for row in rows[: reached + 1]]
+        self._reached[trial_id] += 1
+        told = rows[: self._reached[trial_id]]
         is_last = len(told) == spec.training.epochs
         outcome = Outcome("COMPLETE" if is_last else "RUNNING", tuple(told))
         result = {**told[-1], "outcome": outcome, "done": is_last}
@@ -274,6 +269,25 @@ class Judge:
                 points.append(self.losses(policy, training))
             found.append(hypervolume(points, np.ones(4)))
         return found
+
+    def lost(self, search: Replayed, margin: float = 0.0) -> tuple[int, int]:
+        """What racing stopped of the true front: of all that was proposed, by accuracies without noise.
+
+        Args:
+            search: one search.
+            margin: by how much more accurate than all that costs no more a policy must be to count as lost.
+
+        Returns:
+            how many points the true front has, and how many of them were stopped.
+        """
+        losses = np.array([self.losses(policy, training) for policy, training in search.policies])
+        on_front = pareto_front(losses)
+        stopped = on_front & ~np.array(search.whole)
+        lost = 0
+        for index in np.flatnonzero(stopped):
+            rivals = losses[np.array(search.whole) & (losses[:, 1:] <= losses[index, 1:]).all(axis=1)]
+            lost += len(rivals) == 0 or losses[index, 0] + margin < rivals[:, 0].min()
+        return int(on_front.sum()), int(lost)
 
 
 def first_reaching(trace: Sequence[float], level: float) -> float:
