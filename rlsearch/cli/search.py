@@ -22,6 +22,10 @@ def search(
     time_budget: Annotated[
         str | None, typer.Option(help="No further trial starts after this time: 2h, 90m, 1h30m.")
     ] = None,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="An earlier run on the same model and space, to learn from."),
+    ] = None,
     address: Annotated[
         str, typer.Option(help="A running Ray cluster's address; DIR must then be on storage that its nodes share.")
     ] = "local",
@@ -50,7 +54,8 @@ def search(
     from rlsearch.search.run import start_search  # Ray takes a second: a mistake in the space is told without it
 
     console = Console(stderr=as_json)
-    show_result(start_search(loaded, run_dir, address=address, console=console), run_dir, console, as_json)
+    result = start_search(loaded, run_dir, warm_start=warm_start, address=address, console=console)
+    show_result(result, run_dir, console, as_json)
 
 
 def show_result(result: SearchResult, run_dir: Path, console: Console, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rlsearch.search.cheapest import cheapest
 from rlsearch.search.encoding import Floats
@@ -52,9 +52,9 @@ class SingleReplacements:
         for _ in range(count):
             accuracy = math.exp(rng.uniform(math.log(_LIGHTEST), math.log(_HEAVIEST)))
             weights = [accuracy, *(rng.expovariate(1.0) for _ in range(losses.shape[1] - 1))]
-            prices = changes @ weights
-            chosen = cheapest(
-                self._policies, lambda unit, variant, _, prices=prices: prices[self._places[unit, variant]]
-            )
-            if chosen.blocks:
-                yield chosen.blocks
+            blocks = self._cheapest((changes @ weights).tolist())
+            if blocks:
+                yield blocks
+
+    def _cheapest(self, prices: Sequence[float]) -> Mapping[str, str]:
+        return cheapest(self._policies, lambda unit, variant, _: prices[self._places[unit, variant]]).blocks

@@ -31,7 +31,7 @@ from rlsearch.search.observations import Observed, final_accuracies, observe, po
 from rlsearch.search.policy_space import Decided, PolicySpace
 from rlsearch.search.ranges import draw
 from rlsearch.search.space import SearchSpace
-from rlsearch.search.variations import coarse_key, crossing, mutation, random_choices, same_settings
+from rlsearch.search.variations import coarse_key, crossing, mutation, random_choices, same_choices, same_settings
 
 # Shares of the candidates; the rest are the neighbours of the best of these.
 _MUTATED, _CROSSED, _RANDOM, _ADDED_UP = 0.3, 0.2, 0.17, 0.03
@@ -60,6 +60,9 @@ class FrontSampler(BaseSampler):
         constraints: what an exact cost may not exceed.
         seed: of everything random; the same seed and trials give the same choice.
         candidates: among how many new points it chooses.
+
+    Attributes:
+        earlier: what trials of other studies on the same space tell of accuracies; never on this study's front.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class FrontSampler(BaseSampler):
         self._alone: list[_Candidate] = []
         self._observed: dict[tuple[int, TrialState], Observed | None] = {}
         self._chosen: dict[int, Mapping[str, Any]] = {}
+        self.earlier: tuple[Observed, ...] = ()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Chooses the trial's point."""
@@ -105,9 +109,9 @@ class FrontSampler(BaseSampler):
         rng = random.Random(f"{self._seed}/{len(trials)}")
         observed = [item for trial in trials if (item := self._observe(trial)) is not None]
         whole = [item for item in observed if item.is_whole]
-        if len(whole) < 2:
+        if not whole or len(whole) + sum(item.is_whole for item in self.earlier) < 2:
             return {}
-        view = _View(self._policies.space, self._encoding, self._costs, observed, whole)
+        view = _View(self._policies.space, self._encoding, self._costs, observed, self.earlier)
         seen = {coarse_key(trial.params, trial.distributions) for trial in trials}
         best: list[tuple[float, Decided]] = []
         for fresh in self._rounds(view, best, rng):
@@ -139,11 +143,12 @@ class FrontSampler(BaseSampler):
     ) -> Iterator[list[Decided]]:
         """Candidates, then the neighbours of those that turned out best."""
         decide, count = self._policies.decide, self._count
-        parents = view.front_params()
+        parents = view.parents
+        again = map(same_choices, parents) if self.earlier else ()  # what was best before has not been trained here
         mutated = (mutation(rng.choice(parents), rng, rng.choice((1, 1, 2, 3))) for _ in range(int(_MUTATED * count)))
         crossed = (crossing(rng.choice(parents), rng.choice(parents), rng) for _ in range(int(_CROSSED * count)))
         drawn = (random_choices(self._policies, rng) for _ in range(int(_RANDOM * count)))
-        first = [decide(suggest) for suggest in (*mutated, *crossed, *drawn)]
+        first = [decide(suggest) for suggest in (*again, *mutated, *crossed, *drawn)]
         first += self._added_up(view, rng)
         yield first
         rest = (count - len(first)) // _ROUNDS
@@ -157,32 +162,37 @@ class FrontSampler(BaseSampler):
             return
         if not self._alone:
             self._alone = [_Candidate(decided, self._exact(decided)) for decided in self._singles.points]
-        parents = view.front_params()
         for blocks in self._singles.optima(view.losses(self._alone), rng, int(_ADDED_UP * self._count)):
-            yield self._policies.decide(same_settings(rng.choice(parents), blocks, rng))
+            yield self._policies.decide(same_settings(rng.choice(view.parents), blocks, rng))
 
     def _exact(self, decided: Decided) -> Mapping[str, float]:
         return exact_metrics(self._costs, decided.policy, decided.training)
 
 
 class _View:
-    """What the trials so far say."""
+    """What the trials so far say.
+
+    Attributes:
+        parents: the decisions of what nothing else, earlier trials included, is likely to dominate.
+    """
 
     def __init__(
         self,
         space: SearchSpace,
         encoding: Encoding,
         costs: ExactCosts,
-        observed: Sequence[Observed],
-        whole: Sequence[Observed],
+        own: Sequence[Observed],
+        earlier: Sequence[Observed],
     ) -> None:
         self._encoding = encoding
         self._costs = costs
+        whole = [item for item in own if item.is_whole]
+        observed = [*own, *earlier]
         accuracies, variances = final_accuracies(observed)
         points = points_of(encoding, observed)
         known = np.flatnonzero(np.isfinite(accuracies))
         self._accuracy = self._model(points[known], accuracies[known], variances[known])
-        finished = np.array([index for index, item in enumerate(observed) if item.is_whole])
+        finished = np.array([index for index, item in enumerate(own) if item.is_whole])
         exact = [exact_metrics(costs, item.policy, item.training) for item in whole]
         self._losses = ObjectiveLosses(space.objectives, encoding, whole, exact, points[finished])
         self._bounds = [constraint for constraint in space.constraints if constraint.metric == "accuracy"]
@@ -198,6 +208,7 @@ class _View:
                 np.concatenate([variances[known], np.zeros(len(running))]),
             )
         self._set_front(observed, points, [*finished.tolist(), *running.tolist()])
+        self.parents = self._best_of(earlier, points[np.arange(len(own), len(observed))])
 
     def _set_front(self, observed: Sequence[Observed], points: Points, members: Sequence[int]) -> None:
         # While nothing keeps all constraints, what comes near is made out of what breaks them.
@@ -210,10 +221,14 @@ class _View:
         )
         self._members = items
 
-    def front_params(self) -> list[Mapping[str, Any]]:
-        """The decisions of what nothing else is likely to dominate."""
+    def _best_of(self, earlier: Sequence[Observed], points: Points) -> list[Mapping[str, Any]]:
         losses = np.column_stack([-self._front, self._front_costs])
-        return [item.params for item, is_on in zip(self._members, pareto_front(losses), strict=True) if is_on]
+        if earlier:
+            exact = [exact_metrics(self._costs, item.policy, item.training) for item in earlier]
+            before = np.column_stack([-self._accuracy.predict(points)[0], self._losses.predicted(points, exact)])
+            losses = np.concatenate([losses, before])
+        members = [*self._members, *earlier]
+        return [item.params for item, is_on in zip(members, pareto_front(losses), strict=True) if is_on]
 
     def gains(self, candidates: Sequence[_Candidate]) -> Floats:
         """How much hypervolume each is expected to add."""

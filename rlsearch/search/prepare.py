@@ -13,6 +13,7 @@ from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import PolicySampler
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.start_design import check_trials
 from rlsearch.training.data import ImageData, load_data
 from rlsearch.training.models import build_spec
 
@@ -66,5 +67,6 @@ def prepare(space: SearchSpace, address: str = "local") -> Prepared:
     baseline = Policy(space.model)
     constraints = HardConstraints(space.constraints, costs, baseline, space.training)
     policies = PolicySpace(space, model, data.input_shape)
+    check_trials(policies, constraints)
     costs.cost(baseline, space.training)  # a model that cannot be costed should be told now
     return Prepared(space, data, policies, PolicySampler(policies, constraints, costs), costs)

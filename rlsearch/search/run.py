@@ -25,6 +25,7 @@ from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.stopping import check_gpu_hours, go_on, stopping_warning
 from rlsearch.search.study import RunStudy
+from rlsearch.search.warm_start import from_content, read_warm_start, to_content
 
 __all__ = ["SearchResult", "resume_search", "start_search"]
 
@@ -33,6 +34,7 @@ def start_search(
     space: SearchSpace,
     run_dir: str | Path,
     *,
+    warm_start: str | Path | None = None,
     address: str = "local",
     console: Console | None = None,
     trainable: type[tune.Trainable] | None = None,
@@ -42,6 +44,7 @@ def start_search(
     Args:
         space: what is searched, and for how long.
         run_dir: the run's folder; made once everything else has been checked.
+        warm_start: the folder of an earlier run on the same model and space, whose accuracies the search knows.
         address: ``local``, or the address of a Ray cluster; then ``run_dir`` must lie on storage that all nodes share.
         console: where progress is shown; None for the standard output.
         trainable: what trains; None for `TrialTrainable`, or `DistributedTrainable` where the space asks for several
@@ -56,6 +59,8 @@ def start_search(
     folder = RunFolder(run_dir)
     folder.check_free()
     prepared = prepare(space, address)
+    known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space)
+    prepared.sampler.learn_from(known)
     for doubt in Reach(prepared.policies, prepared.costs).check():
         console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
     with ray_cluster(address, prepared.data_bytes) as scratch:
@@ -65,6 +70,9 @@ def start_search(
             content = prepared.space.to_dict()
             name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
             study = RunStudy.create(folder.study_path, name, content, prepared.space.search.trials)
+            if known:
+                study.warm_start = to_content(known)
+                console.print(f"warm start: {len(known)} trials of {warm_start}", soft_wrap=True, highlight=False)
             folder.write_space(content)
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
@@ -116,6 +124,7 @@ def resume_search(
         if kept.gpu_hours is not None:
             space = replace(space, search=replace(space.search, gpu_hours=kept.gpu_hours))
         prepared = prepare(space, address)
+        prepared.sampler.learn_from(from_content(study.warm_start))
         folder.write_versions("resume")
         with ray_cluster(address, prepared.data_bytes) as scratch:
             slots = _slots(prepared, address, console)

@@ -18,17 +18,16 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from rlsearch.policy import LearnDrop, Policy
+from rlsearch.policy import Policy
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.front_sampler import FrontSampler
+from rlsearch.search.observations import Observed
 from rlsearch.search.policy_space import Decided, PolicySpace, Suggest, params_key
 from rlsearch.search.ranges import Distribution
 from rlsearch.search.sampler_settings import SAMPLERS, SamplerSettings
+from rlsearch.search.start_design import REPEAT, SAMPLER, start_design
 from rlsearch.search.variations import coarse_key, mutation, random_choices, same_choices
 from rlsearch.training.loop import TrainingSpec
-
-BASELINE, SKIP_CONTROL, FREEZE_CONTROL, SAMPLER = "baseline", "skip control", "freeze control", "sampler"
-REPEAT, SENSITIVITY = "baseline repeat", "sensitivity"
 
 # Attempts at a policy that is new and keeps the constraints. TPE's cost more, and repeat themselves when it is sure.
 _MODELLED_ATTEMPTS = 8
@@ -89,11 +88,16 @@ class PolicySampler:
         self._policies = policies
         self._constraints = constraints
         self._settings = policies.space.search
-        self._planned = list(_planned(policies, constraints))
+        self._design = start_design(policies, constraints)
         self._front: FrontSampler | None = None
         sampler = self._settings.sampler
         if sampler.name == "front" and "accuracy" in policies.space.objectives:
             self._front = FrontSampler(policies, costs, constraints, self._settings.seed, **sampler.options)
+
+    def learn_from(self, earlier: Sequence[Observed]) -> None:
+        """Takes in what trials of an earlier run tell; only `FrontSampler` makes use of it."""
+        if self._front is not None:
+            self._front.earlier = tuple(earlier)
 
     def propose(self, study: Study) -> Proposal | None:
         """The next thing to train; the study is read, never written.
@@ -106,11 +110,9 @@ class PolicySampler:
         trials = study.get_trials(deepcopy=False)
         seen = {params_key(trial.params) for trial in trials}
         repeats = sum(trial.user_attrs["origin"] == REPEAT for trial in trials)
-        for origin, decided in self._planned:
-            if origin == REPEAT and repeats < self._settings.baseline_seeds - 1:
-                return replace(self._proposal(decided, REPEAT), repeat=repeats + 1)
-            if decided.key not in seen:
-                return self._proposal(decided, origin)
+        for item in self._design:
+            if repeats < item.repeat or item.decided.key not in seen:
+                return replace(self._proposal(item.decided, item.origin), repeat=item.repeat)
         rng = random.Random(f"{self._settings.seed}/{len(trials)}")
         for decided in self._attempts(study, trials, rng):
             if decided.key not in seen and self._constraints.met(decided.policy, decided.training):
@@ -141,7 +143,8 @@ class PolicySampler:
     def _attempts(self, study: Study, trials: Sequence[FrozenTrial], rng: random.Random) -> Iterator[Decided]:
         decide = self._policies.decide
         learned = [trial for trial in trials if trial.state in _LEARNED_FROM]
-        if len(learned) >= self._settings.startup_trials and self._settings.sampler.name != "random":
+        num_known = len(learned) + (0 if self._front is None else len(self._front.earlier))
+        if learned and num_known >= self._settings.startup_trials and self._settings.sampler.name != "random":
             known = {coarse_key(trial.params, trial.distributions) for trial in trials}
             for decided in self._modelled(study, trials, learned, rng):
                 if coarse_key(decided.params, decided.distributions) not in known:
@@ -200,31 +203,3 @@ def _suggest_with(trial: optuna.Trial) -> Suggest:
         )
 
     return suggest
-
-
-def _planned(policies: PolicySpace, constraints: HardConstraints) -> Iterator[tuple[str, Decided]]:
-    """What every search trains first: the baseline, and the controls that the space's methods have to beat."""
-    space = policies.space
-    yield BASELINE, policies.point({}, None, space.training)
-    controls: list[tuple[str, dict[str, str], LearnDrop | None]] = []
-    skipped = _evenly_spread(policies.skippable, policies.max_replaced)
-    if skipped:
-        controls.append((SKIP_CONTROL, dict.fromkeys(skipped, "skip"), None))
-    if space.learn_drop is not None:
-        controls.append((FREEZE_CONTROL, {}, space.learn_drop))
-    for origin, blocks, learn_drop in controls:
-        decided = policies.point(blocks, learn_drop, space.training)
-        if constraints.met(decided.policy, decided.training):
-            yield origin, decided
-    yield REPEAT, policies.point({}, None, space.training)
-    for unit, variants in policies.blocks.items() if space.search.sensitivities else ():
-        # What one unit bears says much of what several do, and the first block is as good as another to ask with.
-        decided = policies.point({unit: variants[0]}, None, space.training)
-        if constraints.met(decided.policy, decided.training):
-            yield SENSITIVITY, decided
-
-
-def _evenly_spread(names: Sequence[str], count: int) -> list[str]:
-    """``count`` of the names (or all, where there are fewer), as far apart as they go."""
-    count = min(count, len(names))
-    return [names[(2 * index + 1) * len(names) // (2 * count)] for index in range(count)]

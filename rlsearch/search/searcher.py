@@ -16,9 +16,10 @@ from rlsearch.results.tables import TrialRecord
 from rlsearch.search.outcome import CONSTRAINT, Outcome, unmeasured
 from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
-from rlsearch.search.sampler import BASELINE, SAMPLER, SENSITIVITY, PolicySampler
+from rlsearch.search.sampler import PolicySampler
 from rlsearch.search.scheduler import Racing
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.start_design import BASELINE, SAMPLER, SENSITIVITY
 from rlsearch.search.stopping import Ending, StoppingRules
 from rlsearch.search.study import PlannedTrial, RunStudy
 from rlsearch.search.worker import Job

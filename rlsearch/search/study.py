@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from rlsearch.training.loop import TrainingSpec
 _SPACE = "space"
 _TARGET = "trials"
 _STOPPING = "stopping"
+_WARM_START = "warm_start"
 # Optuna's own prefix of a constraint among a trial's system attributes; `Trial.set_constraint` needs a live Trial.
 _CONSTRAINT = "constraints:"
 # How long SQLite waits for another process that reads the study (a dashboard) to let go.
@@ -142,6 +143,16 @@ class RunStudy:
     @stopping.setter
     def stopping(self, value: Mapping[str, Any]) -> None:
         self.study.set_user_attr(_STOPPING, dict(value))
+
+    @property
+    def warm_start(self) -> list[dict[str, Any]]:
+        """What the search knew at its start, as `rlsearch.search.warm_start` keeps it; empty for most searches."""
+        known: list[dict[str, Any]] = self.study.user_attrs.get(_WARM_START, [])
+        return known
+
+    @warm_start.setter
+    def warm_start(self, value: Sequence[Mapping[str, Any]]) -> None:
+        self.study.set_user_attr(_WARM_START, [dict(row) for row in value])
 
     def add(self, proposal: Proposal, seed: int) -> PlannedTrial:
         """Puts down a proposal as a RUNNING trial, in one write."""

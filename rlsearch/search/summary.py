@@ -18,6 +18,7 @@ from rlsearch.search.packing import timing_warning
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.reachable import SIZES, Reach
 from rlsearch.search.space import SearchSpace
+from rlsearch.search.start_design import check_trials
 from rlsearch.search.stopping import stopping_warning
 from rlsearch.search.variations import random_choices
 from rlsearch.training.data import known_shape, load_data
@@ -96,6 +97,7 @@ def summarize(space: SearchSpace, num_samples: int = 200) -> SpaceSummary:
     warnings += doubts
     baseline = Policy(space.model)
     hard = HardConstraints(space.constraints, costs, baseline, space.training)
+    check_trials(policies, hard)
     rng = random.Random(0)
     # One training setting for all: what is compared here is policies, and a cost model is built for each batch size.
     sample = [policies.decide(random_choices(policies, rng)).policy for _ in range(num_samples)]

@@ -45,14 +45,15 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n + 2, for n blocks a stage.
         num_classes: the width of the classifier's output.
+        widths: channels of each stage.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, widths: tuple[int, int, int] = STAGE_WIDTHS) -> None:
         super().__init__()
         num_blocks, rest = divmod(depth - 2, 6)
         if rest or num_blocks < 1:
             raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 56, 110), got {depth}")
-        first, second, third = STAGE_WIDTHS
+        first, second, third = widths
         self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
         self.layer1 = _stage(first, first, num_blocks, stride=1)

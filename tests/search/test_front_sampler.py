@@ -177,8 +177,8 @@ def test_exact_constraints_are_never_broken() -> None:
 
 def test_a_bound_on_accuracy_is_kept_where_it_can_be() -> None:
     free = searched(policies_of(), 18)[10:]
-    bound = searched(policies_of(constraints={"accuracy": ">= 0.97x"}), 18)[10:]
-    least = 0.97 * accuracy(Policy(policies_of().space.model))
+    bound = searched(policies_of(constraints={"accuracy": ">= 0.985x"}), 18)[10:]
+    least = 0.985 * accuracy(Policy(policies_of().space.model))
     assert sum(accuracy(item.policy) < least for item in free) >= 4
     assert sum(accuracy(item.policy) < least for item in bound) <= 2
 
@@ -206,10 +206,10 @@ def test_stopped_and_failed_trials_are_not_proposed_again() -> None:
 
 
 def test_costs_that_depend_on_the_training_are_learned() -> None:
-    """With Learn&Drop, which saves half of the operations here and harms nothing, all that is proposed drops."""
+    """With Learn&Drop, which saves half of the operations here and harms nothing, nearly all that is proposed drops."""
     policies = policies_of(space={"replacement": {"blocks": ["skip"]}, "learn_drop": {"threshold": [0.01, 0.1]}})
-    chosen = searched(policies, 24)[16:]
-    assert sum(item.policy.learn_drop is not None for item in chosen) >= 7
+    chosen = searched(policies, 24)[10:]
+    assert sum(item.policy.learn_drop is not None for item in chosen) >= 12  # of 14; by chance once in 150 times
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -26,6 +26,7 @@ from rlsearch.search.cluster import Slots, plan_slots, ray_cluster
 from rlsearch.search.run import resume_search, start_search
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.space import SearchSpace, parse_space
+from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
 
 # Ray leaves its own sockets and log files to the collector.
@@ -121,6 +122,12 @@ def test_a_search_and_more_of_it(tmp_path: Path) -> None:
         resume_search(folder, trials="6", console=quiet())
     with pytest.raises(RunFolderError, match="holds a search already; go on with it by `rlsearch resume"):
         start_search(space(), folder)
+
+    told, warm = quiet(), tmp_path / "warm"
+    start_search(space(search={"trials": 4, "max_concurrent": 2}), warm, warm_start=folder, console=told)
+    assert f"warm start: 7 trials of {folder}" in told.file.getvalue()
+    assert len(resume_search(warm, trials="+1", console=quiet()).records) == 5
+    assert len(RunStudy.open(warm / "study.db").warm_start) == 7
 
 
 @pytest.mark.cluster

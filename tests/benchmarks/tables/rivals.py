@@ -20,8 +20,9 @@ from rlsearch.search.additive import SingleReplacements
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.search.policy_space import Decided, PolicySpace, params_key
-from rlsearch.search.sampler import SAMPLER, Proposal
+from rlsearch.search.sampler import Proposal
 from rlsearch.search.sampler_settings import parse_sampler
+from rlsearch.search.start_design import SAMPLER
 from rlsearch.search.variations import same_settings
 
 KEEP = "keep"
@@ -158,12 +159,12 @@ def program(table: Table, trials: int, seed: int) -> Replayed:
 FRONT, RACING, TPE = "front", "front, racing", "TPE as it comes"
 RIVALS: dict[str, Rival] = {
     FRONT: Rival(ours("front"), 120),
-    RACING: Rival(ours("front", min_epochs=1, eta=2), 160),
-    "front, sensitivities, racing": Rival(ours("front", min_epochs=1, eta=2, sensitivities=True), 160),
+    RACING: Rival(ours("front", min_epochs=1, eta=2), 120),
+    "front, sensitivities, racing": Rival(ours("front", min_epochs=1, eta=2, sensitivities=True), 120, 5),
     TPE: Rival(stock(lambda seed: TPESampler(seed=seed))),
     "TPE, multivariate": Rival(ours("tpe")),
     "NSGA-II": Rival(ours("nsga2")),
-    "GPSampler": Rival(stock(lambda seed: GPSampler(seed=seed), flat=True), 50, 5),
+    "GPSampler": Rival(stock(lambda seed: GPSampler(seed=seed), flat=True), 50, 3),
     "sensitivities and program": Rival(program),
     "random": Rival(ours("random")),
 }
