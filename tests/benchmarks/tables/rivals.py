@@ -58,14 +58,15 @@ class Stock:
         directions = [*policies.space.objectives.values()]
         self._own = optuna.create_study(directions=directions, sampler=sampler)
         self._asked: list[optuna.Trial] = []
+        self._told = 0
         self._flat = flat
 
     def propose(self, study: optuna.Study) -> Proposal:
         """What `rlsearch.search.sampler.PolicySampler` does."""
         trials = study.get_trials(deepcopy=False)
-        for asked, trial in zip(self._asked, trials[1:], strict=False):
-            if trial.state.is_finished() and not self._own.trials[asked.number].state.is_finished():
-                self._own.tell(asked, trial.values)
+        while self._told < len(self._asked):  # one trial at a time: all that was asked for has ended
+            self._own.tell(self._asked[self._told], trials[1 + self._told].values)
+            self._told += 1
         if not trials:
             return Proposal(Policy(self._policies.space.model), self._policies.space.training, "baseline")
         seen = {params_key(trial.params) for trial in trials}
