@@ -219,7 +219,9 @@ def test_what_is_wrong_is_named_with_its_key_and_a_remedy(content: Any, key: str
     ],
 )
 def test_what_only_training_tells_may_be_an_objective_or_a_bound(sections: dict[str, Any]) -> None:
-    parse_space(small(**sections))
+    space = parse_space(small(**sections))
+    assert dict(space.objectives) == sections.get("objectives", dict(parse_space(small()).objectives))
+    assert [bound.metric for bound in space.constraints] == list(sections.get("constraints", {}))
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:
