@@ -11,7 +11,7 @@ from rlsearch.errors import UserError
 from rlsearch.export import POLICY_FILE, WEIGHTS_FILE
 from rlsearch.files import write_atomic
 from rlsearch.replacement import materialize
-from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from rlsearch.training.checkpoint import load_newest, save_checkpoint, save_weights
 from rlsearch.training.data import ImageData
 from rlsearch.training.metrics import EpochMetrics
 from rlsearch.training.trial import Trial
@@ -34,15 +34,15 @@ class TrainFolder:
 
     @classmethod
     def opened(cls, folder: Path, trial: Trial) -> TrainFolder:
-        """The folder, made where it is missing; a checkpoint in it is put into the new ``trial``.
+        """The folder, made where it is missing; the last checkpoint in it is put into the new ``trial``.
 
         Raises:
             UserError: the checkpoint is damaged, or of another training.
         """
         folder.mkdir(parents=True, exist_ok=True)
         found = cls(folder, [])
-        if found.checkpoint.exists():
-            state = load_checkpoint(found.checkpoint)
+        state = load_newest(found.checkpoint)
+        if state is not None:
             trial.load_state_dict(state)
             found.history = list(state.get(_HISTORY, []))
             if len(found.history) != trial.epochs_done:

@@ -143,7 +143,8 @@ class RunFolder:
         write_trial(self.path / "tensorboard", record, epochs, objectives)
         weights = self.checkpoints(record.trial)
         if record.state in ("COMPLETE", "INFEASIBLE"):
-            (weights / "last.pt").unlink(missing_ok=True)
+            for checkpoint in weights.glob("*.pt"):
+                checkpoint.unlink(missing_ok=True)
         else:
             shutil.rmtree(weights, ignore_errors=True)
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # torch is loaded by the process that trains, once
     from rlsearch.training.trial import Trial
     from rlsearch.training.trial_spec import TrialSpec
 
+CHECKPOINT = "last.pt"
+"""What a trial under way goes on from, in its own folder."""
+
 _DETAIL_LINES = 12
 _REASON_LENGTH = 300
 # A checkpoint takes time and disk: so many times as long is trained before the next one.
@@ -159,18 +162,23 @@ class TrainingProcess:
             remedy = "give a --run-dir on storage that all nodes share"
             raise RunFolderError(f"{self._settings.folder}: is not there on node {node}; {remedy}")
         trial = self.make_trial(self._job.spec)
-        path = Path(self._job.checkpoints) / "last.pt"
-        if not path.exists():
-            return trial
-        from rlsearch.training.checkpoint import load_checkpoint
+        from rlsearch.training.checkpoint import found_checkpoints, load_checkpoint
 
-        try:
-            state = load_checkpoint(path)
-            trial.load_state_dict(state["trial"])
-            self._epochs = list(state["epochs"])
-        except (UserError, KeyError, RuntimeError, ValueError, TypeError) as error:
-            self._note = f"started again, its checkpoint could not be used: {_reason(error)}"
-            return self.make_trial(self._job.spec)
+        failure = None
+        for path in found_checkpoints(Path(self._job.checkpoints) / CHECKPOINT):
+            try:
+                state = load_checkpoint(path)
+                trial.load_state_dict(state["trial"])
+                self._epochs = list(state["epochs"])
+            except (UserError, KeyError, RuntimeError, ValueError, TypeError) as error:
+                failure = failure or _reason(error)
+                trial = self.make_trial(self._job.spec)  # the state of the other one may be half changed
+                continue
+            if failure is not None:
+                self._note = f"went on from the checkpoint before the last, which could not be used: {failure}"
+            return trial
+        if failure is not None:
+            self._note = f"started again, its checkpoint could not be used: {failure}"
         return trial
 
     def _save_state(self) -> None:
@@ -183,7 +191,7 @@ class TrainingProcess:
         assert self._trial is not None  # it has just trained
         folder = Path(self._job.checkpoints)
         folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(folder / "last.pt", {"trial": self._trial.state_dict(), "epochs": self._epochs})
+        save_checkpoint(folder / CHECKPOINT, {"trial": self._trial.state_dict(), "epochs": self._epochs})
         self._saved_at = time.monotonic()
         self._saving_seconds = self._saved_at - now
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import struct
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,26 +20,75 @@ from torch import nn
 from rlsearch.errors import ModelError, UserError
 from rlsearch.files import replacing
 
+# What is raised where a file is cut short, altered, or no checkpoint at all; sizes in damaged headers bring the rest.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, OverflowError, MemoryError, KeyError),
+    *(struct.error, zlib.error, UnpicklingError, zipfile.BadZipFile),
+)
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes a state of tensors and plain types, to be read by `load_checkpoint`."""
+    """Writes a state of tensors and plain types, to be read by `load_checkpoint`.
+
+    The one that was there stays beside it, as ``NAME.previous.pt``: a file that a disk has damaged costs one step back.
+    """
     with replacing(path) as temporary:
         torch.save(state, temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, previous_of(path))
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before the last one lies."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def found_checkpoints(path: Path) -> list[Path]:
+    """Those of `save_checkpoint` that are there, the last one first."""
+    return [file for file in (path, previous_of(path)) if file.exists()]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what `save_checkpoint` wrote; with ``weights_only``, so that no code in it can run.
 
     Raises:
-        UserError: the file is missing, truncated, or holds more than tensors and plain types.
+        UserError: the file is missing, truncated, altered, or holds more than tensors and plain types.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            # Every part carries its CRC-32, which torch itself does not look at when it reads.
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"its part {part} is not as it was written")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no checkpoint here") from None
-    except (OSError, EOFError, RuntimeError, UnpicklingError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path}: is no readable checkpoint ({error}); start again without it") from None
     return state
+
+
+def load_newest(path: Path) -> dict[str, Any] | None:
+    """The last state of `save_checkpoint` that can be read; with a warning where that is the one before the last.
+
+    Returns:
+        None where there is none.
+
+    Raises:
+        UserError: there are some, and none can be read.
+    """
+    failure: UserError | None = None
+    for file in found_checkpoints(path):
+        try:
+            state = load_checkpoint(file)
+        except UserError as error:
+            failure = failure or error
+            continue
+        if failure is not None:
+            warnings.warn(f"{failure}; going on from the one before", stacklevel=2)
+        return state
+    if failure is not None:
+        raise failure
+    return None
 
 
 def save_weights(path: Path, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rlsearch.policy import ModelSpec, Policy, Replacement
 from rlsearch.search.trainable import TrialTrainable
 from rlsearch.search.worker import Job, WorkerSettings
-from rlsearch.training.checkpoint import load_checkpoint, load_weights
+from rlsearch.training.checkpoint import found_checkpoints, load_checkpoint, load_weights
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.loop import TrainingSpec
 from rlsearch.training.trial import Trial
@@ -147,7 +147,8 @@ def test_a_checkpoint_that_cannot_be_used_is_noted_and_training_starts_again(
     start(damaged).train()
     path = Path(damaged.checkpoints) / "last.pt"
     if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
+        for file in found_checkpoints(path):
+            file.write_bytes(file.read_bytes()[:1000])
     else:
         damaged = dataclasses.replace(damaged, spec=dataclasses.replace(damaged.spec, policy=Policy(MODEL)))
     again = start(damaged)
@@ -155,6 +156,27 @@ def test_a_checkpoint_that_cannot_be_used_is_noted_and_training_starts_again(
     outcome = again.train()["outcome"]
     assert outcome.state == "COMPLETE"
     assert outcome.reason.startswith("started again, its checkpoint could not be used: ")
+
+
+def test_a_trial_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(start: Any, tmp_path: Path) -> None:
+    straight = start(job(tmp_path, 0, spec(3)))
+    while not (result := straight.train())["done"]:
+        pass
+    killed = job(tmp_path, 1, spec(3))
+    first = start(killed)
+    first.train(), first.train()
+    path = Path(killed.checkpoints) / "last.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # a single bit of some weight
+    path.write_bytes(content)
+    again = start(killed)
+    assert again.train()["epoch"] == 2
+    outcome = again.train()["outcome"]
+    assert outcome.state == "COMPLETE"
+    assert outcome.reason.startswith(
+        "went on from the checkpoint before the last, which could not be used: UserError: "
+    )
+    assert measured(outcome.epochs) == measured(result["outcome"].epochs)
 
 
 def test_short_trials_write_no_checkpoint(start: Any, tmp_path: Path) -> None:

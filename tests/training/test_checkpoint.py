@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from torch import nn
 
 from rlsearch.errors import ModelError, UserError
-from rlsearch.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from rlsearch.training.checkpoint import (
+    found_checkpoints,
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
 
 
 def test_a_state_comes_back(tmp_path: Path) -> None:
@@ -47,6 +55,44 @@ def test_truncated_files_are_named(tmp_path: Path, length: int) -> None:
         load_checkpoint(checkpoint)
     with pytest.raises(ModelError, match=r"model.safetensors: cannot be read"):
         load_weights(weights, nn.Linear(100, 10))
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    """torch itself reads altered tensors without a word."""
+    path, state = tmp_path / "last.pt", {"tensor": torch.arange(50.0), "epochs": [{"accuracy": 0.5}]}
+    save_checkpoint(path, state)
+    whole = path.read_bytes()
+    noticed, rng = 0, random.Random(0)
+    for place in rng.sample(range(len(whole)), 300):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            read = load_checkpoint(path)
+        except UserError:
+            noticed += 1
+            continue
+        assert torch.equal(read["tensor"], state["tensor"])
+        assert read["epochs"] == state["epochs"]
+    assert noticed > 100
+
+
+def test_the_last_two_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    assert load_newest(path) is None
+    for epoch in (1, 2, 3):
+        save_checkpoint(path, {"epoch": epoch})
+    assert [load_checkpoint(file)["epoch"] for file in found_checkpoints(path)] == [3, 2]
+    assert load_newest(path) == {"epoch": 3}
+    assert {file.name for file in tmp_path.iterdir()} == {"last.pt", "last.previous.pt"}
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"last\.pt: is no readable checkpoint .* going on from the one before"):
+        assert load_newest(path) == {"epoch": 2}
+    path.unlink()  # killed between the two renames of a save
+    assert load_newest(path) == {"epoch": 2}
+    found_checkpoints(path)[0].write_bytes(b"")
+    with pytest.raises(UserError, match="is no readable checkpoint"):
+        load_newest(path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ RIVALS: dict[str, Rival] = {
     TPE: Rival(stock(lambda seed: TPESampler(seed=seed))),
     "TPE, multivariate": Rival(ours("tpe")),
     "NSGA-II": Rival(ours("nsga2")),
-    "GPSampler": Rival(stock(lambda seed: GPSampler(seed=seed), flat=True), 50, 3),
+    "GPSampler": Rival(stock(lambda seed: GPSampler(seed=seed), flat=True), 30, 3),
     "sensitivities and program": Rival(program),
     "random": Rival(ours("random")),
 }
