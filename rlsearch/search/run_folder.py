@@ -143,8 +143,9 @@ class RunFolder:
         write_trial(self.path / "tensorboard", record, epochs, objectives)
         weights = self.checkpoints(record.trial)
         if record.state in ("COMPLETE", "INFEASIBLE"):
-            for checkpoint in weights.glob("*.pt"):
-                checkpoint.unlink(missing_ok=True)
+            for file in weights.glob("*"):
+                if file.name != "model.safetensors":  # checkpoints, and what a lost process has left
+                    file.unlink(missing_ok=True)
         else:
             shutil.rmtree(weights, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 
 from rlsearch.errors import OutOfMemoryError, SearchError
 from rlsearch.results.tables import TrialRecord
+from rlsearch.search.hang import stacks_of_hung
 from rlsearch.search.outcome import CONSTRAINT, Outcome, unmeasured
 from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
@@ -26,6 +27,7 @@ from rlsearch.search.worker import Job
 from rlsearch.training.trial_spec import TrialSpec
 
 _DETAIL_LINES = 12
+_STACK_LINES = 80
 _REASON_LENGTH = 250
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -136,7 +138,7 @@ class StudySearcher(Searcher):
         """The end of a trial, good or bad."""
         planned = self._running.pop(trial_id)
         self._rules.trial_ended(planned.number)
-        outcome = self._outcome(trial_id, result, error)
+        outcome = self._outcome(trial_id, planned.number, result, error)
         self._held.append((planned, outcome))
         # What is relative to the baseline can only be judged once that has ended; it started first.
         if self._waits_for_baseline():
@@ -204,10 +206,15 @@ class StudySearcher(Searcher):
             self.why_ended, self.resume_with = ending.why, ending.resume_with
         return ending is not None
 
-    def _outcome(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> Outcome:
+    def _outcome(self, trial_id: str, number: int, result: Mapping[str, Any] | None, error: bool) -> Outcome:
         """How a trial ended, before its constraints are looked at."""
         last = self._last.pop(trial_id, Outcome("RUNNING"))
         if error:
+            stacks = stacks_of_hung(self._folder.checkpoints(number))
+            if stacks:
+                limit = f"{self._space.search.epoch_timeout:g} s (search.epoch_timeout)"
+                detail = "\n".join(stacks.splitlines()[:_STACK_LINES])
+                return Outcome("FAIL", last.epochs, f"timeout: an epoch took longer than {limit}, twice", detail)
             lines = [line.strip() for line in self.error_of(trial_id).splitlines() if line.strip()]
             told = lines[-1][:_REASON_LENGTH] if lines else "killed, or out of host memory"
             reason = f"worker_lost: its process ended twice without a result: {told}"

@@ -155,6 +155,7 @@ class SearchSession:
             num_threads=self._slots.num_threads,
             gpu=self._slots.gpu,
             packed=self._slots.sharing,
+            epoch_seconds=self._space.search.epoch_timeout,
             import_path=str(Path.cwd()),
             workers=self._slots.workers,
             cpu=self._slots.cpu,

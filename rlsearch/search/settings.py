@@ -12,6 +12,9 @@ from rlsearch.errors import Problem, suggestion
 from rlsearch.replacement import BLOCKS, BlockKind
 from rlsearch.search.sampler_settings import SamplerSettings, parse_sampler
 
+EPOCH_TIMEOUT = 6 * 3600.0
+"""Seconds; far above what an epoch of a search takes, and below a night."""
+
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -43,6 +46,8 @@ class SearchSettings:
         trials: how many trials the search ends with (>= 1); the baseline and the controls are among them.
         seed: of the proposals and of every trial's training.
         time_budget: seconds after which no further trial starts; None for no limit.
+        epoch_timeout: seconds that one epoch may take; a training that takes longer hangs: it starts once more, from
+            its checkpoint, and then fails.
         gpu_hours: no further trial starts once trials have taken more GPU time, over all sessions; None for no limit.
         min_gain: no further trial starts once the front's hypervolume has grown by less than this share of itself, in
             (0, 1), over the last `gain_window` trials; None for never.
@@ -61,6 +66,7 @@ class SearchSettings:
     trials: int = 40
     seed: int = 0
     time_budget: float | None = None
+    epoch_timeout: float = EPOCH_TIMEOUT
     gpu_hours: float | None = None
     min_gain: float | None = None
     gain_window: int = 20
@@ -164,11 +170,12 @@ def parse_replacement(content: Any, problems: list[Problem]) -> ReplacementSpace
 
 
 def parse_search(content: Any, problems: list[Problem]) -> SearchSettings | None:
-    if isinstance(content, dict) and content.get("time_budget") is not None:
-        content = dict(content)
-        seconds = parse_duration(content.pop("time_budget"), "search.time_budget", problems)
-        if seconds is not None:
-            content["time_budget"] = seconds
+    for name in ("time_budget", "epoch_timeout"):
+        if isinstance(content, dict) and content.get(name) is not None:
+            content = dict(content)
+            seconds = parse_duration(content.pop(name), f"search.{name}", problems)
+            if seconds is not None:
+                content[name] = seconds
     sampler = SamplerSettings()
     if isinstance(content, dict) and "sampler" in content:
         content = dict(content)

@@ -19,7 +19,9 @@ import ray
 
 from rlsearch.errors import OutOfMemoryError, RunFolderError, TrialError, UserError
 from rlsearch.search.cluster import memory_fraction
+from rlsearch.search.hang import ends_when_hung
 from rlsearch.search.outcome import Outcome
+from rlsearch.search.settings import EPOCH_TIMEOUT
 
 if TYPE_CHECKING:  # torch is loaded by the process that trains, once
     from rlsearch.training.data import ImageData
@@ -48,6 +50,7 @@ class WorkerSettings:
         import_path: where the driver runs, for a user's own ``package.module:factory``.
         checkpoint_seconds: training time between two checkpoints, more where one takes long to write; shorter trials
             write none; 0 writes one after every step.
+        epoch_seconds: a process in which an epoch takes longer counts as hung, and ends itself.
         workers: how many processes train one trial together.
         cpu: the CPU cores that each of them is counted as.
     """
@@ -58,6 +61,7 @@ class WorkerSettings:
     packed: int = 1
     import_path: str = ""
     checkpoint_seconds: float = 10.0
+    epoch_seconds: float = EPOCH_TIMEOUT
     workers: int = 1
     cpu: float = 1.0
 
@@ -105,8 +109,14 @@ class TrainingProcess:
 
     def step(self) -> dict[str, Any]:
         """One epoch."""
+        folder = Path(self._settings.folder)
         try:
-            return self._advance()
+            if not folder.is_dir():
+                node = ray.util.get_node_ip_address()
+                remedy = "give a --run-dir on storage that all nodes share"
+                raise RunFolderError(f"{folder}: is not there on node {node}; {remedy}")
+            with ends_when_hung(Path(self._job.checkpoints), self._settings.epoch_seconds):
+                return self._advance()
         except Exception as error:  # noqa: BLE001  # whatever a training raises is that trial's result
             result = self._failure(error)
         # The error, whose frames hold the tensors of the training that failed, is gone only now.
@@ -157,10 +167,6 @@ class TrainingProcess:
 
     def _start(self) -> Trial:
         """The job's trial, from its checkpoint where an interruption left one."""
-        if not Path(self._settings.folder).is_dir():
-            node = ray.util.get_node_ip_address()
-            remedy = "give a --run-dir on storage that all nodes share"
-            raise RunFolderError(f"{self._settings.folder}: is not there on node {node}; {remedy}")
         trial = self.make_trial(self._job.spec)
         from rlsearch.training.checkpoint import found_checkpoints, load_checkpoint
 

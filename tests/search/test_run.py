@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
+from rlsearch.training.trial import Trial
+from rlsearch.training.trial_spec import TrialSpec
 
 # Ray leaves its own sockets and log files to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -64,7 +67,12 @@ def quiet() -> Console:
 
 
 class Clumsy(TrialTrainable):
-    """Loses its process once in trial 1, and always in trial 2: by a real SIGKILL, after an epoch."""
+    """Loses its process once in trial 1, and always in trial 2: by a real SIGKILL, after an epoch; hangs in trial 3."""
+
+    def make_trial(self, spec: TrialSpec) -> Trial:
+        if self._job.number == 3:
+            time.sleep(600)
+        return super().make_trial(spec)
 
     def step(self) -> dict[str, Any]:
         number, epochs = self._job.number, len(self._epochs)
@@ -196,20 +204,24 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # the command line does that
     console = quiet()
-    searched = space(model={"name": "my_models:small"}, search={"trials": 4, "max_concurrent": 2})
+    settings = {"trials": 5, "max_concurrent": 2, "epoch_timeout": 15}
+    searched = space(model={"name": "my_models:small"}, search=settings)
     result = start_search(searched, tmp_path / "run", console=console, trainable=Clumsy)
-    assert [record.state for record in result.records] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert [record.state for record in result.records] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "COMPLETE"]
     assert result.records[1].fidelity == 2
     assert result.records[2].reason is not None
     assert result.records[2].reason.startswith("worker_lost: ")
     assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()
+    assert result.records[3].reason == "timeout: an epoch took longer than 15 s (search.epoch_timeout), twice"
+    outcome = RunStudy.open(tmp_path / "run" / "study.db").study.trials[3].user_attrs["outcome"]
+    assert "in make_trial" in outcome["detail"]
 
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
 def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
-    diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 2, "max_concurrent": 1})
-    with pytest.raises(SearchError, match=r"all 2 trials failed; the reason of [12] of them: diverged: "):
+    diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 4, "max_concurrent": 1})
+    with pytest.raises(SearchError, match=r"all 4 trials failed; the reason of [1-4] of them: diverged: "):
         start_search(diverging, tmp_path / "run", console=quiet())
     assert [record.state for record in read_run(tmp_path / "run").records] == ["FAIL", "FAIL"]
 
@@ -236,7 +248,7 @@ def test_a_trial_that_asks_for_more_than_there_is_leaves_no_folder_behind(tmp_pa
     with pytest.raises(ConfigError, match=r"resources\.cpu: must be at most the \d+ cores there are, got 4096"):
         start_search(space(resources={"cpu": 4096}), tmp_path / "run")
     if not torch.cuda.is_available():
-        limited = space(search={"trials": 2, "gpu_hours": 3}, resources={"gpu": "auto"})
+        limited = space(search={"trials": 4, "gpu_hours": 3}, resources={"gpu": "auto"})
         with pytest.raises(ConfigError, match=r"search\.gpu_hours: limits GPU time, but trials take no GPU here"):
             start_search(limited, tmp_path / "run", console=quiet())
     assert not (tmp_path / "run").exists()

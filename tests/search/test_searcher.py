@@ -170,6 +170,20 @@ def test_failures_keep_their_reason_and_the_search_goes_on(search: Search) -> No
     assert search.start("d") == 3
 
 
+def test_a_trial_that_hung_says_so_with_where_it_stood(search: Search) -> None:
+    number = search.start("a")
+    folder = search.folder.checkpoints(number)
+    folder.mkdir(parents=True)
+    (folder / "hung.1.txt").write_text("")  # of a process that was killed
+    (folder / "hung.2.txt").write_text("Thread 0x1 (most recent call first):\n  File model.py, line 3 in forward\n")
+    search.searcher.on_trial_complete("a", None, error=True)
+    (record,) = read_trials(search.folder.trials_path)
+    assert (record.state, record.fidelity) == ("FAIL", 1)
+    assert record.reason == "timeout: an epoch took longer than 21600 s (search.epoch_timeout), twice"
+    assert "line 3 in forward" in search.study.study.trials[0].user_attrs["outcome"]["detail"]
+    assert not folder.exists()
+
+
 def test_too_many_failures_end_the_search_with_the_reason(tmp_path: Path) -> None:
     few = content(search={"trials": 8, "max_failures": 1})
     search = Search(tmp_path / "run", prepare(parse_space(few)))

@@ -187,6 +187,7 @@ def test_the_resolved_space_is_the_same_space(path: Path, tmp_path: Path) -> Non
         (small(space={}), "space", "leaves nothing to search"),
         (small(search={"trails": 4}), "search.trails", "did you mean 'trials'?"),
         (small(search={"trials": 0}), "search.trials", "at least 1, got 0"),
+        (small(search={"epoch_timeout": "soon"}), "search.epoch_timeout", "must be a time above 0, as in 2h, 90m"),
         (small(search={"time_budget": "2 hours"}), "search.time_budget", "as in 2h"),
         (small(search={"gpu_hours": 0}), "search.gpu_hours", "must be a finite number above 0, got 0.0"),
         (small(search={"gpu_hours": 8}, resources={"gpu": 0}), "search.gpu_hours", "with resources.gpu: 0 trials take"),
