@@ -29,6 +29,7 @@ from rlsearch.results.describe import (
 from rlsearch.results.dropping import dropping_sentence
 from rlsearch.results.dropping_charts import departures_chart, dropping_chart
 from rlsearch.results.figures import front_png, run_title
+from rlsearch.results.noise import baseline_noise
 from rlsearch.results.racing import POOR_CORRELATION, racing_figures
 from rlsearch.results.selection import (
     REFERENCE_FACTOR,
@@ -150,6 +151,8 @@ def _pick_section(run: Run, pick: Selection) -> str:
     confirmed = confirmations(run).get(pick.trial)
     names = [*reversed(HEADLINE), *(name for name in run.objectives if name not in HEADLINE)]
     items = [_card(name, chosen, reference) for name in names]
+    noise = baseline_noise(run)
+    told = noise.sentence if noise else "differences within the noise between seeds decide nothing"
     verdicts = [(item.sentence, "" if item.verdict == BEATS else "warn") for item in control_verdicts(run, chosen)]
     return page.section(
         f"The pick: trial {pick.trial}",
@@ -158,10 +161,7 @@ def _pick_section(run: Run, pick: Selection) -> str:
         page.text(f"It is {pick.why}. Against the end-to-end baseline: {describe_savings(run, chosen)}."),
         *([] if confirmed is None else [page.text(f"Confirmed: {describe_confirmation(confirmed)}.")]),
         page.bullets(verdicts),
-        page.text(
-            "In the search each trial was trained once: differences within the noise between seeds decide nothing.",
-            "muted",
-        ),
+        page.text(f"In the search each trial was trained once: {told}.", "muted"),
     )
 
 
