@@ -1,4 +1,4 @@
-"""``report.html`` and ``front.png``: a run as one offline file to read and to pass on, and as a picture."""
+"""``report.html``, ``front.png`` and ``units.png``: a run as one offline file to pass on, and as pictures."""
 
 from __future__ import annotations
 
@@ -42,17 +42,21 @@ from rlsearch.results.selection import (
     select,
 )
 from rlsearch.results.tables import Run, TrialRecord
+from rlsearch.results.unit_effects import unit_effects
+from rlsearch.results.unit_effects_chart import unit_effects_chart
+from rlsearch.results.unit_words import NOTHING_KNOWN, TITLE, effects_note
+from rlsearch.results.units_figure import units_png
 
 
 def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
-    """Writes ``report.html`` and ``front.png`` into the run's folder, each whole or not at all.
+    """Writes ``report.html``, ``front.png`` and ``units.png`` into the run's folder, each whole or not at all.
 
     Args:
         run: a run with at least one complete trial.
         key: the pick, as `rlsearch.results.select` takes it.
 
     Returns:
-        ``{"report": path, "front": path}``.
+        ``{"report": path, "front": path, "units": path}``; without ``units`` where no unit's replacement is known of.
 
     Raises:
         UserError: an unknown key.
@@ -60,7 +64,10 @@ def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
     """
     pick = select(run, key)
     contents = {"report": report_html(run, pick).encode(), "front": front_png(run, pick)}
-    paths = {"report": run.folder / "report.html", "front": run.folder / "front.png"}
+    units = units_png(run)
+    if units is not None:
+        contents["units"] = units
+    paths = {name: run.folder / ("report.html" if name == "report" else f"{name}.png") for name in contents}
     for name, path in paths.items():
         try:
             write_atomic(path, contents[name])
@@ -96,6 +103,7 @@ def _body(run: Run, pick: Selection) -> Iterable[str]:
             page.chart(units, "units-chart"),
             note="One row a policy on the front, one column a unit that any trial replaced; empty means left as it is.",
         )
+    yield from _effects_section(run)
     yield from _dropping_section(run, pick)
     small = [
         page.section(title, page.chart(figure, name), note=note)
@@ -205,6 +213,16 @@ def _row(run: Run, record: TrialRecord, reference: TrialRecord | None, pick: Sel
         cells.append(page.Cell(describe_metric(name, record, base), change))
     cells.append(page.Cell(describe_trial(record, reference), note))
     return page.Row(tuple(cells), "strong pick" if record.trial == pick.trial else "")
+
+
+def _effects_section(run: Run) -> Iterable[str]:
+    """What replacing each unit alone does to the accuracy; nothing where no trial replaced any."""
+    effects = unit_effects(run)
+    figure = unit_effects_chart(effects)
+    if figure is not None:
+        yield page.section(TITLE, page.chart(figure, "effects-chart"), note=effects_note(run, effects))
+    elif effects:
+        yield page.section(TITLE, page.text(NOTHING_KNOWN, "muted"))
 
 
 def _dropping_section(run: Run, pick: Selection) -> Iterable[str]:

@@ -20,6 +20,7 @@ from rlsearch.results.selection import (
     values_of,
 )
 from rlsearch.results.tables import Run, TrialRecord
+from rlsearch.results.unit_effects import unit_effects
 from rlsearch.results.where import Condition
 
 
@@ -54,6 +55,7 @@ def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dic
         "selected": {"trial": selected.trial, "why": selected.why},
         "racing": _racing(run),
         "noise": _noise(run),
+        "unit_effects": [asdict(effect) for effect in unit_effects(run)],
     }
 
 
