@@ -19,6 +19,7 @@ from rlsearch.errors import DivergedError, OutOfMemoryError, RlsearchError, User
 from rlsearch.export import measure_test, named_model, settings_of
 from rlsearch.results.confirmation import LEAST_SEEDS
 from rlsearch.results.confirmed import ConfirmedTraining, confirmed_path, write_confirmed
+from rlsearch.results.noise import REPEAT
 from rlsearch.results.selection import baseline, front, policy_of, record_of, select
 from rlsearch.results.tables import METRICS, Run, TrialRecord, read_run
 from rlsearch.run_lock import run_lock
@@ -41,12 +42,12 @@ class ConfirmPlan:
     Attributes:
         records: the trials, the baseline first.
         seeds: the new seeds, the same for all.
-        todo: the trainings that are left, in their order: all trials with the first seed, then with the second.
+        remaining: the trainings that are left, in their order: all trials with the first seed, then with the second.
     """
 
     records: tuple[TrialRecord, ...]
     seeds: tuple[int, ...]
-    todo: tuple[tuple[TrialRecord, int], ...]
+    remaining: tuple[tuple[TrialRecord, int], ...]
 
     @property
     def num_trainings(self) -> int:
@@ -56,8 +57,8 @@ class ConfirmPlan:
     @property
     def seconds(self) -> float | None:
         """How long those that are left take if each takes as long as it did in the search; None if that is unknown."""
-        times = [record.train_seconds for record, _ in self.todo if record.train_seconds is not None]
-        return sum(times) if len(times) == len(self.todo) else None
+        times = [record.train_seconds for record, _ in self.remaining if record.train_seconds is not None]
+        return sum(times) if len(times) == len(self.remaining) else None
 
 
 class ConfirmWatch:
@@ -86,7 +87,8 @@ def plan_confirmation(run: Run, seeds: int = 3, trials: Sequence[int] = (), key:
         key: only the pick by it, as `rlsearch.results.select` takes it, and ``trials`` and the baseline.
 
     Raises:
-        UserError: too few seeds, an unknown key, or a trial that is not there or not complete.
+        UserError: too few seeds, an unknown key, or a trial that is not there, not complete, or a repeat of the
+            baseline.
         RunFolderError: no trial of the run is complete.
     """
     if seeds < LEAST_SEEDS:
@@ -101,10 +103,14 @@ def plan_confirmation(run: Run, seeds: int = 3, trials: Sequence[int] = (), key:
         if record.state != "COMPLETE" and record is not reference:
             reason = f" ({record.reason})" if record.reason else ""
             raise UserError(f"trial {record.trial} is {record.state}{reason}; only COMPLETE trials can be confirmed")
+        if record.origin == REPEAT:
+            raise UserError(
+                f"trial {record.trial} is the baseline again, with another seed; the baseline is always confirmed"
+            )
     chosen = new_seeds(run, seeds)
     done = {(row.trial, row.seed) for row in run.confirmed}
-    todo = [(record, seed) for seed in chosen for record in records if (record.trial, seed) not in done]
-    return ConfirmPlan(tuple(records), chosen, tuple(todo))
+    remaining = [(record, seed) for seed in chosen for record in records if (record.trial, seed) not in done]
+    return ConfirmPlan(tuple(records), chosen, tuple(remaining))
 
 
 def new_seeds(run: Run, count: int) -> tuple[int, ...]:
@@ -155,13 +161,13 @@ def confirm_run(
     with run_lock(folder):
         run = read_run(folder)
         plan = plan_confirmation(run, seeds, trials, key)
-        specs = [_spec(run, record, seed, model) for record, seed in plan.todo]
+        specs = [_spec(run, record, seed, model) for record, seed in plan.remaining]
         if not specs:
             watch.planned(plan)
             return run
         images, test = _load(specs[0])
         watch.planned(plan)
-        for (record, _), spec in zip(plan.todo, specs, strict=True):
+        for (record, _), spec in zip(plan.remaining, specs, strict=True):
             watch.training_started(record, spec.seed)
             training = _trained(record, spec, images, test, watch)
             run = replace(run, confirmed=(*run.confirmed, training))

@@ -139,7 +139,7 @@ def test_further_seeds_are_added_and_nothing_is_repeated(confirmed: tuple[Run, T
     assert confirm_run(folder, seeds=2, watch=again).confirmed == tuple(rows)
     assert again.rows == []
     assert again.plan is not None
-    assert again.plan.todo == ()
+    assert again.plan.remaining == ()
     assert (folder / "confirmed.parquet").read_bytes() == before
 
 
@@ -185,6 +185,18 @@ def test_trials_and_the_pick_may_be_named(searched: Path) -> None:
     assert [record.trial for record in plan_confirmation(broke).records] == [0, 1]
     lost = replace(run, records=(replace(run.records[0], state="FAIL", accuracy=None), *run.records[1:]))
     assert [record.trial for record in plan_confirmation(lost).records] == [1]
+
+
+def test_the_baseline_is_trained_once_a_seed_whatever_its_repeats_were(searched: Path) -> None:
+    run = read_run(searched)
+    best = replace(run.records[0], trial=3, origin="baseline repeat", seed=1, accuracy=1.0)
+    repeated = replace(run, records=(*run.records, best))
+    plan = plan_confirmation(repeated)
+    assert [record.trial for record in plan.records] == [0, 1]
+    assert plan.seeds == (2, 3, 4)
+    assert [record.trial for record in plan_confirmation(repeated, key="accuracy").records] == [0]
+    with pytest.raises(UserError, match="trial 3 is the baseline again, with another seed; the baseline is always"):
+        plan_confirmation(repeated, 3, [3])
 
 
 def test_what_cannot_be_confirmed_is_refused(searched: Path, folder: Path, tmp_path: Path) -> None:

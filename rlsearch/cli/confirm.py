@@ -20,8 +20,8 @@ def confirm(
         typer.Option(
             min=2,
             help="Trainings of each policy. Their seeds are the numbers after the search's own that no trial had, the "
-            "same for all policies: after a search with seed 0 they are 1, 2, 3. With more seeds later, only those "
-            "that are new are trained.",
+            "same for all policies: after a search with seed 0, whose baseline trained with seed 1 too, they are 2, 3, "
+            "4. With more seeds later, only those that are new are trained.",
         ),
     ] = 3,
     trial: Annotated[

@@ -42,7 +42,7 @@ class ConfirmProgress(ConfirmWatch):
         """Says what is to come, and starts the display."""
         self._plan, self._started = plan, time.monotonic()
         self._console.print(plan_line(plan), soft_wrap=True, highlight=False)
-        if self._console.is_terminal and plan.todo:
+        if self._console.is_terminal and plan.remaining:
             self._live.start()
 
     def training_started(self, record: TrialRecord, seed: int) -> None:
@@ -51,7 +51,7 @@ class ConfirmProgress(ConfirmWatch):
 
     def epoch_ended(self, metrics: EpochMetrics) -> None:
         """Shown until the next one ends."""
-        record, seed = self._plan.todo[self._num_ended]
+        record, seed = self._plan.remaining[self._num_ended]
         done = f"epoch {metrics.epoch}/{metrics.epochs}  {describe_value('accuracy', metrics.accuracy)}"
         self._line = f"trial {record.trial}, seed {seed}  {done}  {describe_policy(policy_of(record))}"
 
@@ -66,7 +66,7 @@ class ConfirmProgress(ConfirmWatch):
 
     def summary(self) -> str:
         """Where it stands, on one line."""
-        left = len(self._plan.todo) - self._num_ended
+        left = len(self._plan.remaining) - self._num_ended
         total = self._plan.num_trainings
         seconds = self._seconds_left()
         told = f"{total - left} of {total} trainings done"
@@ -74,7 +74,7 @@ class ConfirmProgress(ConfirmWatch):
 
     def _seconds_left(self) -> float | None:
         """At the pace of what was trained so far, which is measured against the search's own times."""
-        times = [record.train_seconds or 0.0 for record, _ in self._plan.todo]
+        times = [record.train_seconds or 0.0 for record, _ in self._plan.remaining]
         trained, left = sum(times[: self._num_ended]), sum(times[self._num_ended :])
         if not trained:
             return self._plan.seconds if not self._num_ended else None
@@ -83,7 +83,7 @@ class ConfirmProgress(ConfirmWatch):
     def _display(self) -> Group:
         """The live display."""
         total = self._plan.num_trainings
-        done = total - len(self._plan.todo) + self._num_ended
+        done = total - len(self._plan.remaining) + self._num_ended
         line = Text(self._line, overflow="ellipsis", no_wrap=True)
         # A bar does not end its line.
         return Group(line, ProgressBar(total=max(1, total), completed=done, width=40), Text(f"\n{self.summary()}"))
@@ -93,8 +93,8 @@ def plan_line(plan: ConfirmPlan) -> str:
     """What is to be trained, as in ``12 trainings: trials 0, 3, 7, 9 with seeds 1, 2, 3; about 2m10s``."""
     trials, seeds = (", ".join(map(str, items)) for items in ([record.trial for record in plan.records], plan.seeds))
     told = f"{plan.num_trainings} trainings: trials {trials}, each with seeds {seeds}"
-    done = plan.num_trainings - len(plan.todo)
-    if not plan.todo:
+    done = plan.num_trainings - len(plan.remaining)
+    if not plan.remaining:
         return f"{told}; all of them are done"
     if done:
         told = f"{told}; {done} are done"

@@ -15,7 +15,9 @@ def report(
     ] = "knee",
     as_json: Annotated[bool, typer.Option("--json", help="Print the paths as one JSON object.")] = False,
 ) -> None:
-    """Writes DIR/report.html (one file that needs no network) and DIR/front.png.
+    """Writes DIR/report.html (one file that needs no network), DIR/front.png and DIR/units.png.
+
+    The last one shows which layers bear replacing, where trials tell of any.
 
     Example: rlsearch report runs/digits
     """

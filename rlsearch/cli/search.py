@@ -101,7 +101,9 @@ def show_result(result: SearchResult, run_dir: Path, console: Console, as_json: 
         typer.echo(json.dumps(results.summary(run), indent=2, allow_nan=False))
         return
     render_front(run, console)
-    console.print(f"\nreport: {written['report']}\npicture: {written['front']}\n", soft_wrap=True, highlight=False)
+    titles = {"report": "report", "front": "picture", "units": "layers"}
+    shown = "\n".join(f"{titles[name]}: {path}" for name, path in written.items())
+    console.print(f"\n{shown}\n", soft_wrap=True, highlight=False)
     console.print(
         "next:\n"
         f"  rlsearch export {folder} --out policy        the knee's policy and weights, measured again\n"

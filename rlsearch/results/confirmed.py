@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rlsearch.errors import RunFolderError
-from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, damaged, read_rows, write_rows
+from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, read_records, write_rows
 
 _REMEDY = "restore it from a copy, or move it away: `rlsearch confirm` then trains anew"
 _CONFIRMED = pa.schema(
@@ -94,9 +93,4 @@ def read_confirmed(path: str | Path) -> list[ConfirmedTraining]:
     Raises:
         RunFolderError: the file is missing, damaged, or of another form.
     """
-    try:
-        return [ConfirmedTraining(**row) for row in read_rows(Path(path), _CONFIRMED, _REMEDY)]
-    except ValueError as error:
-        if isinstance(error, RunFolderError):
-            raise
-        raise damaged(Path(path), error, _REMEDY) from None
+    return read_records(Path(path), _CONFIRMED, _REMEDY, ConfirmedTraining)

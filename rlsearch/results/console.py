@@ -24,6 +24,7 @@ from rlsearch.results.describe import (
     describe_value,
     is_shared_time,
 )
+from rlsearch.results.noise import REPEAT, baseline_noise
 from rlsearch.results.racing import racing_figures
 from rlsearch.results.selection import (
     Selection,
@@ -139,8 +140,10 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
     among = len(candidates(run, where))
     asked = f" with {' and '.join(map(str, where))}" if where else ""
     chosen = record_of(run, pick.trial)
+    has_repeats = any(record.origin == REPEAT and record.state == "COMPLETE" for record in run.records)
+    aside = "; the baseline's repeats aside" if has_repeats else ""
     lines = [
-        Text(f"front: {len(members)} of the {among} complete trials{asked}{on_it} ({states})"),
+        Text(f"front: {len(members)} of the {among} complete trials{asked}{on_it} ({states}{aside})"),
         Text("hypervolume: " + ("not defined without a baseline" if volume is None else f"{volume:.4f}")),
         Text(f"★ trial {pick.trial} is {pick.why}", style="bold"),
         Text(f"  against the end-to-end baseline: {describe_savings(run, chosen)}"),
@@ -151,6 +154,9 @@ def front_lines(run: Run, pick: Selection, where: Sequence[Condition] = ()) -> l
     told = confirmed_line(run)
     if told is not None:
         lines.append(Text(told))
+    noise = baseline_noise(run)
+    if noise is not None:
+        lines.append(Text(noise.sentence))
     if any(is_shared_time(name, record) for name in run.objectives for record in members):
         lines.append(Text(SHARED_NOTE, style="yellow"))
     for verdict in control_verdicts(run, chosen):

@@ -1,4 +1,4 @@
-"""``report.html`` and ``front.png``: a run as one offline file to read and to pass on, and as a picture."""
+"""``report.html``, ``front.png`` and ``units.png``: a run as one offline file to pass on, and as pictures."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from rlsearch.results.describe import (
 from rlsearch.results.dropping import dropping_sentence
 from rlsearch.results.dropping_charts import departures_chart, dropping_chart
 from rlsearch.results.figures import front_png, run_title
+from rlsearch.results.noise import baseline_noise
 from rlsearch.results.racing import POOR_CORRELATION, racing_figures
 from rlsearch.results.selection import (
     REFERENCE_FACTOR,
@@ -41,17 +42,21 @@ from rlsearch.results.selection import (
     select,
 )
 from rlsearch.results.tables import Run, TrialRecord
+from rlsearch.results.unit_effects import unit_effects
+from rlsearch.results.unit_effects_chart import unit_effects_chart
+from rlsearch.results.unit_words import NOTHING_KNOWN, TITLE, effects_note
+from rlsearch.results.units_figure import units_png
 
 
 def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
-    """Writes ``report.html`` and ``front.png`` into the run's folder, each whole or not at all.
+    """Writes ``report.html``, ``front.png`` and ``units.png`` into the run's folder, each whole or not at all.
 
     Args:
         run: a run with at least one complete trial.
         key: the pick, as `rlsearch.results.select` takes it.
 
     Returns:
-        ``{"report": path, "front": path}``.
+        ``{"report": path, "front": path, "units": path}``; without ``units`` where no unit's replacement is known of.
 
     Raises:
         UserError: an unknown key.
@@ -59,7 +64,10 @@ def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
     """
     pick = select(run, key)
     contents = {"report": report_html(run, pick).encode(), "front": front_png(run, pick)}
-    paths = {"report": run.folder / "report.html", "front": run.folder / "front.png"}
+    units = units_png(run)
+    if units is not None:
+        contents["units"] = units
+    paths = {name: run.folder / ("report.html" if name == "report" else f"{name}.png") for name in contents}
     for name, path in paths.items():
         try:
             write_atomic(path, contents[name])
@@ -95,6 +103,7 @@ def _body(run: Run, pick: Selection) -> Iterable[str]:
             page.chart(units, "units-chart"),
             note="One row a policy on the front, one column a unit that any trial replaced; empty means left as it is.",
         )
+    yield from _effects_section(run)
     yield from _dropping_section(run, pick)
     small = [
         page.section(title, page.chart(figure, name), note=note)
@@ -150,6 +159,8 @@ def _pick_section(run: Run, pick: Selection) -> str:
     confirmed = confirmations(run).get(pick.trial)
     names = [*reversed(HEADLINE), *(name for name in run.objectives if name not in HEADLINE)]
     items = [_card(name, chosen, reference) for name in names]
+    noise = baseline_noise(run)
+    told = noise.sentence if noise else "differences within the noise between seeds decide nothing"
     verdicts = [(item.sentence, "" if item.verdict == BEATS else "warn") for item in control_verdicts(run, chosen)]
     return page.section(
         f"The pick: trial {pick.trial}",
@@ -158,10 +169,7 @@ def _pick_section(run: Run, pick: Selection) -> str:
         page.text(f"It is {pick.why}. Against the end-to-end baseline: {describe_savings(run, chosen)}."),
         *([] if confirmed is None else [page.text(f"Confirmed: {describe_confirmation(confirmed)}.")]),
         page.bullets(verdicts),
-        page.text(
-            "In the search each trial was trained once: differences within the noise between seeds decide nothing.",
-            "muted",
-        ),
+        page.text(f"In the search each trial was trained once: {told}.", "muted"),
     )
 
 
@@ -205,6 +213,16 @@ def _row(run: Run, record: TrialRecord, reference: TrialRecord | None, pick: Sel
         cells.append(page.Cell(describe_metric(name, record, base), change))
     cells.append(page.Cell(describe_trial(record, reference), note))
     return page.Row(tuple(cells), "strong pick" if record.trial == pick.trial else "")
+
+
+def _effects_section(run: Run) -> Iterable[str]:
+    """What replacing each unit alone does to the accuracy; nothing where no trial replaced any."""
+    effects = unit_effects(run)
+    figure = unit_effects_chart(effects)
+    if figure is not None:
+        yield page.section(TITLE, page.chart(figure, "effects-chart"), note=effects_note(run, effects))
+    elif effects:
+        yield page.section(TITLE, page.text(NOTHING_KNOWN, "muted"))
 
 
 def _dropping_section(run: Run, pick: Selection) -> Iterable[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsearch.results.confirmation import Estimate, confirmations
 from rlsearch.results.departures import departures_of
+from rlsearch.results.noise import baseline_noise
 from rlsearch.results.racing import racing_figures
 from rlsearch.results.selection import (
     baseline,
@@ -19,6 +20,7 @@ from rlsearch.results.selection import (
     values_of,
 )
 from rlsearch.results.tables import Run, TrialRecord
+from rlsearch.results.unit_effects import unit_effects
 from rlsearch.results.where import Condition
 
 
@@ -52,6 +54,8 @@ def summary(run: Run, key: str = "knee", where: Sequence[Condition] = ()) -> dic
         "hypervolume": normalised_hypervolume(run),
         "selected": {"trial": selected.trial, "why": selected.why},
         "racing": _racing(run),
+        "noise": _noise(run),
+        "unit_effects": [asdict(effect) for effect in unit_effects(run)],
     }
 
 
@@ -59,6 +63,14 @@ def _racing(run: Run) -> dict[str, Any] | None:
     """The rungs of a run whose trials were raced."""
     found = racing_figures(run)
     return None if found is None else {"rungs": [asdict(rung) for rung in found]}
+
+
+def _noise(run: Run) -> dict[str, Any] | None:
+    """The baseline's accuracies by seed; None where it was trained with one."""
+    found = baseline_noise(run)
+    if found is None:
+        return None
+    return {"seeds": list(found.seeds), "accuracies": list(found.accuracies), "sd": found.sd}
 
 
 def confirmed_entry(run: Run, trial: int) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Which trials of a run are on the front, and which of them is the pick.
 
 Only a trial that is COMPLETE and has a finite value in every objective is a candidate. The baseline is one like any
-other: nothing keeps it off the front, and nothing keeps it from being the pick.
+other: nothing keeps it off the front, and nothing keeps it from being the pick. Its repeats are none: they are the same
+policy with another seed, and tell the noise (`rlsearch.results.noise`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rlsearch.errors import RunFolderError, UserError, suggestion
 from rlsearch.policy import Policy
 from rlsearch.results import pareto
 from rlsearch.results.confirmation import confirmations
+from rlsearch.results.noise import REPEAT
 from rlsearch.results.tables import STATES, Run, TrialRecord
 from rlsearch.results.where import Condition
 
@@ -41,6 +43,7 @@ def candidates(run: Run, where: Sequence[Condition] = ()) -> list[TrialRecord]:
         record
         for record in run.records
         if record.state == "COMPLETE"
+        and record.origin != REPEAT
         and _is_measured(run, record)
         and all(condition.holds(record, reference) for condition in where)
     ]

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsearch.errors import RunFolderError
 from rlsearch.files import replacing
+
+Record = TypeVar("Record")
 
 METRICS = (
     "accuracy",
@@ -79,6 +82,25 @@ def read_rows(path: Path, schema: pa.Schema, remedy: str) -> list[dict[str, Any]
         if schema.field(name).type == TIME:
             columns[name] = [None if value is None else _EPOCH + value * _MICROSECOND for value in columns[name]]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def read_records(path: Path, schema: pa.Schema, remedy: str, make: Callable[..., Record]) -> list[Record]:
+    """The rows of a table as records, which check themselves.
+
+    Args:
+        path: as in `read_rows`, and so are ``schema`` and ``remedy``.
+        schema: its columns.
+        remedy: what helps where it is missing or damaged.
+        make: a record's type, which takes the columns by name and raises ValueError for what it cannot be.
+
+    Raises:
+        RunFolderError: the file is missing, damaged, or of another form.
+    """
+    rows = read_rows(path, schema, remedy)
+    try:
+        return [make(**row) for row in rows]
+    except ValueError as error:
+        raise damaged(path, error, remedy) from None
 
 
 def damaged(path: Path, why: object, remedy: str) -> RunFolderError:

@@ -17,7 +17,7 @@ import yaml
 
 from rlsearch.errors import RunFolderError, suggestion
 from rlsearch.results.confirmed import ConfirmedTraining, confirmed_path, read_confirmed
-from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, damaged, read_rows, write_rows
+from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, read_records, read_rows, write_rows
 from rlsearch.results.table_file import METRICS as METRICS
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "INFEASIBLE")
@@ -169,12 +169,7 @@ def read_trials(path: str | Path) -> list[TrialRecord]:
     Raises:
         RunFolderError: the file is missing, damaged, or of another form.
     """
-    try:
-        return [TrialRecord(**row) for row in read_rows(Path(path), _TRIALS, _REMEDY)]
-    except ValueError as error:
-        if isinstance(error, RunFolderError):
-            raise
-        raise damaged(Path(path), error, _REMEDY) from None
+    return read_records(Path(path), _TRIALS, _REMEDY, TrialRecord)
 
 
 def write_epochs(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

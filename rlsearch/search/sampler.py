@@ -19,13 +19,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rlsearch.policy import Policy
+from rlsearch.results.noise import REPEAT
 from rlsearch.search.costs import ExactCosts, HardConstraints
 from rlsearch.search.front_sampler import FrontSampler
 from rlsearch.search.observations import Observed
 from rlsearch.search.policy_space import Decided, PolicySpace, Suggest, params_key
 from rlsearch.search.ranges import Distribution
 from rlsearch.search.sampler_settings import SAMPLERS, SamplerSettings
-from rlsearch.search.start_design import REPEAT, SAMPLER, start_design
+from rlsearch.search.start_design import SAMPLER, start_design
 from rlsearch.search.variations import coarse_key, mutation, random_choices, same_choices
 from rlsearch.training.loop import TrainingSpec
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlsearch.errors import ConfigError, Problem
+from rlsearch.results.noise import REPEAT
 from rlsearch.search.costs import HardConstraints
 from rlsearch.search.policy_space import Decided, PolicySpace
 
 BASELINE, SKIP_CONTROL, FREEZE_CONTROL, SAMPLER = "baseline", "skip control", "freeze control", "sampler"
-REPEAT, SENSITIVITY = "baseline repeat", "sensitivity"
+SENSITIVITY = "sensitivity"
 
 
 @dataclass(frozen=True)

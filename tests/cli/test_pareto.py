@@ -104,9 +104,10 @@ def test_a_run_without_a_complete_trial_ends_with_2(
 def test_report_writes_its_files_and_says_where(rlsearch: Callable[..., Outcome], run_folder: Path) -> None:
     code, out, _ = rlsearch("report", run_folder)
     assert code == 0
-    assert out.split("written: ")[1:] == [f"{run_folder / 'report.html'}\n", f"{run_folder / 'front.png'}\n"]
+    paths = {"report": "report.html", "front": "front.png", "units": "units.png"}
+    assert out.split("written: ")[1:] == [f"{run_folder / name}\n" for name in paths.values()]
     code, out, _ = rlsearch("report", run_folder, "--json", "--select", "params")
-    assert json.loads(out) == {"report": str(run_folder / "report.html"), "front": str(run_folder / "front.png")}
+    assert json.loads(out) == {name: str(run_folder / path) for name, path in paths.items()}
     assert "the best params on the front" in (run_folder / "report.html").read_text(encoding="utf-8")
 
 

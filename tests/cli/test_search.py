@@ -205,6 +205,9 @@ def test_a_search_that_a_rule_has_ended_says_which_and_how_to_go_on(run_folder: 
     first, second = shown.getvalue().splitlines()[:2]
     assert first == "the time budget is spent: ended after 24 trials"
     assert second == "to go on all the same: rlsearch resume 'my run' --time-budget 2h"
+    told = "".join(shown.getvalue().split())
+    for title, name in (("report", "report.html"), ("picture", "front.png"), ("layers", "units.png")):
+        assert f"{title}:{run_folder / name}" in told
 
 
 @pytest.mark.parametrize(

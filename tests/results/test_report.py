@@ -62,15 +62,19 @@ def report(run_folder: Path) -> Page:
     return Page(report_html(run, select(run)))
 
 
-def test_write_report_writes_both_files(run_folder: Path) -> None:
+def test_write_report_writes_its_files(run_folder: Path) -> None:
     written = write_report(read_run(run_folder))
-    assert written == {"report": run_folder / "report.html", "front": run_folder / "front.png"}
+    assert written == {
+        "report": run_folder / "report.html",
+        "front": run_folder / "front.png",
+        "units": run_folder / "units.png",
+    }
     with Image.open(written["front"]) as image:
         assert image.format == "PNG"
         assert min(image.size) > 300
     assert written["report"].read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert {path.name for path in run_folder.iterdir()} == {
-        *("space.yaml", "trials.parquet", "epochs", "report.html", "front.png")
+        *("space.yaml", "trials.parquet", "epochs", "report.html", "front.png", "units.png")
     }
 
 

@@ -140,7 +140,8 @@ def test_a_run_without_a_complete_trial_says_so(make_record: Any) -> None:
 def test_the_summary_is_the_contract(run_folder: Path) -> None:
     run = read_run(run_folder)
     content = json.loads(json.dumps(summary(run), allow_nan=False))
-    assert list(content) == ["objectives", "baseline", "front", "counts", "hypervolume", "selected", "racing"]
+    names = ["objectives", "baseline", "front", "counts", "hypervolume", "selected", "racing", "noise", "unit_effects"]
+    assert list(content) == names
     assert content["objectives"] == dict(run.objectives)
     assert content["baseline"] == {
         "trial": 0,
