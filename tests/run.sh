@@ -22,7 +22,8 @@ fi
 if [ $# -gt 0 ]; then
     "$venv/bin/python" -m pytest "$@"
 else
-    # In two processes, file by file; then those that start Ray, which takes all cores, alone.
-    "$venv/bin/python" -m pytest -m "not cluster" --numprocesses 2 --dist loadfile
+    # In two processes, file by file, of one thread each: two would wait for each other on two cores. Then those that
+    # start Ray, which takes all cores, alone.
+    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -m "not cluster" --numprocesses 2 --dist loadfile
     "$venv/bin/python" -m pytest -m cluster
 fi
