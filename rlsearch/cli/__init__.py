@@ -18,6 +18,7 @@ from rlsearch.cli.doctor import doctor
 from rlsearch.cli.export import export
 from rlsearch.cli.pareto import pareto
 from rlsearch.cli.profile import profile
+from rlsearch.cli.repair import repair
 from rlsearch.cli.report import report
 from rlsearch.cli.resume import resume
 from rlsearch.cli.search import search
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (validate, profile, search, resume, pareto, report, confirm, export, train, doctor):
+for command in (validate, profile, search, resume, repair, pareto, report, confirm, export, train, doctor):
     app.command()(command)
 
 

@@ -24,6 +24,8 @@ from rlsearch.results.tensorboard import write_trial
 from rlsearch.run_lock import LOCK_FILE, run_lock
 
 _SPACE, _STUDY = "space.yaml", "study.db"
+# What `rlsearch.files.replacing` writes to before it renames.
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
 
 
@@ -104,6 +106,29 @@ class RunFolder:
         write_atomic(self.path / _SPACE, _to_yaml(space).encode())
         self.write_versions("start")
 
+    def restore_space(self, space: Mapping[str, Any]) -> str | None:
+        """Writes ``space.yaml`` as the study has it, where it is otherwise; what was wrong with it."""
+        file, expected = self.path / _SPACE, _to_yaml(space)
+        try:
+            found = _to_yaml(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            wrong = f"{_SPACE}: is missing"
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            wrong = f"{_SPACE}: cannot be read ({' '.join(str(error).split())})"
+        else:
+            if found == expected:
+                return None
+            wrong = f"{_SPACE}: was not what the study was made for"
+        write_atomic(file, expected.encode())
+        return wrong
+
+    def remove_leftovers(self) -> list[str]:
+        """Deletes the temporary files that killed processes have left; what they were."""
+        found = [path for path in self.path.rglob(".*") if path.is_file() and _LEFTOVER.fullmatch(path.name)]
+        for path in found:
+            path.unlink()
+        return [f"{path.relative_to(self.path)}: left by a process that was killed" for path in found]
+
     def check_space(self, space: Mapping[str, Any]) -> None:
         """Whether ``space.yaml`` still says what the study was made for; written anew where it is missing.
 
@@ -153,38 +178,60 @@ class RunFolder:
         """Writes the table of trials."""
         write_trials(self.trials_path, records)
 
-    def follow(self, records: Sequence[TrialRecord], epochs_of: Any, objectives: Sequence[str]) -> None:
+    def follow(self, records: Sequence[TrialRecord], epochs_of: Any, objectives: Sequence[str]) -> list[str]:
         """Makes tables and TensorBoard say what the study says; what they say already is left alone.
 
         Args:
             records: of the study.
             epochs_of: from a trial's number to its epochs.
             objectives: of the search.
+
+        Returns:
+            what was mended, a line each.
         """
-        known = {record.trial: record for record in self._known_records()}
+        known, mended = self._known_records(records)
         for record in records:
-            if known.get(record.trial) != record or not self._has_epochs(record):
+            wrong = self._wrong_epochs(record)
+            if wrong is None and known is not None and known.get(record.trial) != record:
+                wrong = f"trial {record.trial}: the table of trials did not have it as the study has it"
+            if wrong is not None:
+                mended.append(wrong)
+            if wrong is not None or known is None:
                 self.write_trial(record, epochs_of(record.trial), objectives)
         self.write_trials(records)
         numbers = {record.trial for record in records}
         for stray in (self.path / "epochs").glob("trial-*.parquet"):
             if re.fullmatch(r"trial-\d{5,}", stray.stem) and int(stray.stem.removeprefix("trial-")) not in numbers:
                 stray.unlink()
+                mended.append(f"epochs/{stray.name}: the study has no such trial")
+        return mended
 
-    def _known_records(self) -> list[TrialRecord]:
+    def _known_records(self, records: Sequence[TrialRecord]) -> tuple[dict[int, TrialRecord] | None, list[str]]:
+        """The table of trials by number, None where it cannot be read; and what is wrong with it as a whole."""
         try:
-            return read_trials(self.trials_path)
-        except RunFolderError:
-            return []  # missing or damaged: all of it is written anew
+            known = {record.trial: record for record in read_trials(self.trials_path)}
+        except RunFolderError as error:
+            return None, [_short(error)] if records else []
+        strays = sorted(known.keys() - {record.trial for record in records})
+        return known, [f"{self.trials_path.name}: the study has no trial {number}" for number in strays]
 
-    def _has_epochs(self, record: TrialRecord) -> bool:
-        """Whether the table of the trial's epochs is whole, and TensorBoard has the trial."""
+    def _wrong_epochs(self, record: TrialRecord) -> str | None:
+        """What is wrong with the table of a trial's epochs, or with TensorBoard's view of it; None where nothing is."""
         if not (self.path / "tensorboard" / f"trial-{record.trial:05d}" / "result").is_dir():
-            return False
+            return f"tensorboard/trial-{record.trial:05d}: is missing"
+        path = epochs_path(self.path, record.trial)
+        if not record.fidelity:
+            return None
         try:
-            return len(read_epochs(epochs_path(self.path, record.trial))) == record.fidelity
-        except RunFolderError:
-            return not record.fidelity
+            found = len(read_epochs(path))
+        except RunFolderError as error:
+            return _short(error)
+        return None if found == record.fidelity else f"epochs/{path.name}: has {found} of {record.fidelity} epochs"
+
+
+def _short(error: RunFolderError) -> str:
+    """A damaged table in words, without what would help: it is written anew."""
+    return str(error).partition(";")[0]
 
 
 def _now() -> str:

@@ -196,13 +196,21 @@ class RunStudy:
         """Puts a RUNNING trial that was cut short into the queue of a later resume."""
         self._storage.set_trial_state_values(self._trial_id(number), TrialState.WAITING)
 
-    def reconcile(self) -> None:
-        """Settles what a killed process left RUNNING: closed where its outcome is known, else in the queue."""
+    def reconcile(self) -> list[str]:
+        """Settles what a killed process left RUNNING: closed where its outcome is known, else in the queue.
+
+        Returns:
+            what was done, a line each.
+        """
+        done = []
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if OUTCOME in trial.user_attrs:
-                self._close(trial._trial_id, Outcome.from_dict(trial.user_attrs[OUTCOME]))
+                record = self._close(trial._trial_id, Outcome.from_dict(trial.user_attrs[OUTCOME]))
+                done.append(f"trial {trial.number}: had ended as {record.state}, and was not closed")
             else:
                 self.interrupt(trial.number)
+                done.append(f"trial {trial.number}: was left running; a resume takes it up again")
+        return done
 
     def records(self) -> list[TrialRecord]:
         """All trials that have ended, by number."""

@@ -13,7 +13,19 @@ import pytest
 
 from rlsearch import __version__
 
-COMMANDS = ["validate", "profile", "search", "resume", "pareto", "report", "confirm", "export", "train", "doctor"]
+COMMANDS = [
+    "validate",
+    "profile",
+    "search",
+    "resume",
+    "repair",
+    "pareto",
+    "report",
+    "confirm",
+    "export",
+    "train",
+    "doctor",
+]
 
 
 def rlsearch(*arguments: object) -> subprocess.CompletedProcess[str]:
