@@ -28,8 +28,9 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "results": (BASE | {"results"}, {"tensorboard", "moocore", "plotly", "matplotlib"}),
     "run_lock": ({"errors"}, {"filelock"}),
+    "storage": (set(), set()),
     "search": (
-        BASE | {"model_graph", "replacement", "training", "results", "run_lock", "search"},
+        BASE | {"model_graph", "replacement", "training", "results", "run_lock", "storage", "search"},
         {"torch", "ray", "optuna"},
     ),
     "export": (BASE | {"replacement", "training", "results"}, {"torch"}),

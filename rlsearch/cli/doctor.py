@@ -114,12 +114,14 @@ def _ray() -> list[Finding]:
 
 
 def _storage() -> list[Finding]:
+    from rlsearch.storage import file_system, storage_warnings
+
     findings = []
     for what, folder in (("run folders", Path.cwd()), ("temporary files", Path(os.environ.get("TMPDIR", "/tmp")))):
         if not os.access(folder, os.W_OK):
             findings.append(Finding(what, "error", f"{folder} is not writable", "choose another folder"))
             continue
-        free = shutil.disk_usage(folder).free
-        status, remedy = ("warning", "free some space") if free < _LEAST_FREE_BYTES else ("ok", "")
-        findings.append(Finding(what, status, f"{folder}: {free / 1e9:.0f} GB free", remedy))
+        found = f"{folder}: {shutil.disk_usage(folder).free / 1e9:.0f} GB free, {file_system(folder) or 'local'}"
+        warnings = storage_warnings(folder, _LEAST_FREE_BYTES)
+        findings.append(Finding(what, "warning" if warnings else "ok", found, "; ".join(warnings)))
     return findings

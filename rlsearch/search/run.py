@@ -16,6 +16,7 @@ from ray import tune
 from rich.console import Console
 
 from rlsearch.errors import UserError
+from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
@@ -26,6 +27,10 @@ from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.stopping import check_gpu_hours, go_on, stopping_warning
 from rlsearch.search.study import RunStudy
 from rlsearch.search.warm_start import from_content, read_warm_start, to_content
+from rlsearch.storage import storage_warnings
+
+# What tables, TensorBoard and checkpoints take, about.
+_TABLES_BYTES = 1e9
 
 __all__ = ["SearchResult", "resume_search", "start_search"]
 
@@ -61,7 +66,7 @@ def start_search(
     prepared = prepare(space, address)
     known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space)
     prepared.sampler.learn_from(known)
-    for doubt in Reach(prepared.policies, prepared.costs).check():
+    for doubt in [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]:
         console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
@@ -130,6 +135,13 @@ def resume_search(
             slots = _slots(prepared, address, console)
             study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+
+
+def _storage_doubts(prepared: Prepared, folder: Path) -> list[str]:
+    """What speaks against the run's folder: every complete trial leaves its weights there."""
+    space = prepared.space
+    weights = 4 * prepared.costs.cost(Policy(space.model), space.training).params_total
+    return storage_warnings(folder, space.search.trials * weights + _TABLES_BYTES)
 
 
 def _slots(prepared: Prepared, address: str, console: Console) -> Slots:
