@@ -38,7 +38,7 @@ def parse_sampler(content: Any, problems: list[Problem], key: str = "search.samp
     if given is None:
         return SamplerSettings()
     name = given.get("name", "front")
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         problems.append(Problem(f"{key}.name", f"unknown sampler {name!r}{suggestion(str(name), SAMPLERS)}"))
         return SamplerSettings()
     # A resolved search space has them apart; a user writes them beside the name.

@@ -11,6 +11,7 @@ nothing is counted twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import warnings
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from rlsearch.errors import RunFolderError
 from rlsearch.policy import Policy
@@ -35,6 +37,11 @@ _SPACE = "space"
 _TARGET = "trials"
 _STOPPING = "stopping"
 _WARM_START = "warm_start"
+_DIGEST = "digest"
+# What a trial is made of before it runs.
+_PLANNED = ("policy", "policy_hash", "training", "origin", "seed")
+# What Optuna lets through where a database holds what it has not written.
+_UNREADABLE = (optuna.exceptions.OptunaError, SQLAlchemyError, RuntimeError, ValueError, LookupError, TypeError)
 # Optuna's own prefix of a constraint among a trial's system attributes; `Trial.set_constraint` needs a live Trial.
 _CONSTRAINT = "constraints:"
 # How long SQLite waits for another process that reads the study (a dashboard) to let go.
@@ -92,6 +99,7 @@ class RunStudy:
             # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(objectives))
+        study.set_user_attr(_DIGEST, _digest(dict(space)))
         study.set_user_attr(_SPACE, dict(space))
         study.set_user_attr(_TARGET, target)
         return cls(storage, study, objectives)
@@ -113,12 +121,15 @@ class RunStudy:
             if len(names) != 1:
                 raise RunFolderError(f"{path}: must hold one study, has {len(names)}; restore it from a copy")
             study = optuna.load_study(storage=storage, study_name=names[0])
-        except (optuna.exceptions.OptunaError, RuntimeError) as error:
-            raise RunFolderError(f"{path}: is no study of a run ({error}); restore it from a copy") from None
-        if not {_SPACE, _TARGET} <= set(study.user_attrs):
-            remedy = "delete the folder and start the search again"
-            raise RunFolderError(f"{path}: the search was stopped before it began; {remedy}")
-        return cls(storage, study, study.user_attrs[_SPACE]["objectives"])
+            attributes = study.user_attrs
+            if not {_SPACE, _TARGET} <= set(attributes):
+                remedy = "delete the folder and start the search again"
+                raise RunFolderError(f"{path}: the search was stopped before it began; {remedy}")
+            _check_content(path, study)
+        except _UNREADABLE as error:
+            told = " ".join(str(error).split())[:300]
+            raise RunFolderError(f"{path}: is no study of a run ({told}); restore it from a copy") from None
+        return cls(storage, study, attributes[_SPACE]["objectives"])
 
     @property
     def space(self) -> dict[str, Any]:
@@ -163,6 +174,7 @@ class RunStudy:
             "origin": proposal.origin,
             "seed": seed,
         }
+        attributes[_DIGEST] = _digest([attributes[name] for name in _PLANNED])
         trial_id = self._storage.create_new_trial(self._study_id, proposal.to_trial(attributes))
         number = self._storage.get_trial_number_from_id(trial_id)
         return PlannedTrial(number, proposal.policy, proposal.training, seed, proposal.origin)
@@ -189,7 +201,7 @@ class RunStudy:
         for metric, violation in violations.items():
             if _CONSTRAINT + metric not in known:
                 self._storage.set_trial_system_attr(trial_id, _CONSTRAINT + metric, violation)
-        self._storage.set_trial_user_attr(trial_id, OUTCOME, outcome.to_dict())
+        self._keep(trial_id, outcome)
         return self._close(trial_id, outcome)
 
     def interrupt(self, number: int) -> None:
@@ -229,6 +241,10 @@ class RunStudy:
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _keep(self, trial_id: int, outcome: Outcome) -> None:
+        content = outcome.to_dict()
+        self._storage.set_trial_user_attr(trial_id, OUTCOME, {**content, _DIGEST: _digest(content)})
 
     def _close(self, trial_id: int, outcome: Outcome) -> TrialRecord:
         state, values = TrialState.FAIL, None
@@ -295,6 +311,35 @@ def _check_intact(path: Path) -> None:
         verdict = str(error)
     if verdict != "ok":
         raise RunFolderError(f"{path}: is damaged ({verdict}); restore it from a copy")
+
+
+def _check_content(path: Path, study: optuna.Study) -> None:
+    """Whether space and trials are those that were written: SQLite itself notices no altered value.
+
+    Raises:
+        RunFolderError: something is not.
+    """
+    wrong = None
+    if study.user_attrs.get(_DIGEST) != _digest(study.user_attrs[_SPACE]):
+        wrong = "its search space"
+    objectives = study.user_attrs[_SPACE]["objectives"]
+    for trial in study.get_trials(deepcopy=False):
+        attributes = trial.user_attrs
+        content = dict(attributes.get(OUTCOME, {}))
+        is_right = attributes[_DIGEST] == _digest([attributes[name] for name in _PLANNED])
+        if content:
+            is_right &= content.pop(_DIGEST, None) == _digest(content)
+        if trial.state == TrialState.COMPLETE:
+            is_right &= trial.values == [float(Outcome.from_dict(content).final[name]) for name in objectives]
+        if not is_right:
+            wrong = f"trial {trial.number}"
+    if wrong is not None:
+        raise RunFolderError(f"{path}: is damaged ({wrong} is not as it was written); restore it from a copy")
+
+
+def _digest(content: Any) -> str:
+    """The SHA-256 of plain content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _quiet() -> None:

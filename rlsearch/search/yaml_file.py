@@ -31,7 +31,10 @@ def read_yaml(path: str | Path) -> Any:
 
 def parse_yaml(text: str, source: str) -> Any:
     """The content of YAML text; raises as `read_yaml` does, naming ``source``."""
-    loader = _StrictLoader(text)
+    try:
+        loader = _StrictLoader(text)
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ConfigError([Problem("", f"is not valid YAML: {error}")], source) from None
     try:
         content = loader.get_single_data()
     except yaml.MarkedYAMLError as error:

@@ -86,7 +86,7 @@ def test_a_whole_run_has_nothing_to_mend(run: Path) -> None:
 
 def test_open_trials_are_closed_or_queued(run: Path) -> None:
     study = RunStudy.open(run / "study.db")
-    study._storage.set_trial_user_attr(study._trial_id(5), "outcome", Outcome("COMPLETE", rows(2, 0.8, 10)).to_dict())
+    study._keep(study._trial_id(5), Outcome("COMPLETE", rows(2, 0.8, 10)))
     told = repair_run(run)
     assert told.mended == (
         "trial 4: was left running; a resume takes it up again",

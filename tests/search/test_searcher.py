@@ -304,10 +304,7 @@ def test_an_interrupted_search_proposes_what_a_straight_one_does(tmp_path: Path,
 
 def test_a_kill_between_the_outcome_and_the_state_is_settled(search: Search, prepared: Prepared) -> None:
     search.start("a")
-    storage = search.study.study._storage
-    storage.set_trial_user_attr(
-        search.study.study.trials[0]._trial_id, "outcome", Outcome("COMPLETE", rows(2)).to_dict()
-    )
+    search.study._keep(search.study.study.trials[0]._trial_id, Outcome("COMPLETE", rows(2)))
     again = Search(search.folder.path, prepared)
     assert again.states() == ["COMPLETE"]
     assert again.study.study.trials[0].values == [0.9, 272_474, 1e10]
