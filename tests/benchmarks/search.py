@@ -2,7 +2,7 @@
 
     python tests/benchmarks/search.py [--seeds 20]     searches of 200 trials, by the classes of a real run
     python tests/benchmarks/search.py --simulated      on accuracies that nobody trained for
-    python tests/benchmarks/search.py --quick          searches of 16 trials
+    python tests/benchmarks/search.py --quick          searches of 12 trials
 
 The model is the narrow ResNet-50 of `tables/`, with its real costs. Accuracies are those of `tables/surrogate.py`,
 learned from recorded trainings; or those of `tables/simulated.py`. Hypervolumes are of accuracies without noise. All
@@ -98,7 +98,7 @@ def run(name: str, seed: int, most: int) -> Found:
 
 def run_all(options: argparse.Namespace) -> dict[str, list[Found]]:
     """Every rival with every seed, two at a time; finished ones are kept in --work."""
-    seeds, most = (1, 16) if options.quick else (options.seeds, 300)
+    seeds, most = (1, 12) if options.quick else (options.seeds, 300)
     jobs = [(name, seed) for seed in range(seeds) for name, rival in RIVALS.items() if seed < rival.most_seeds]
     jobs += [] if options.quick else [(LONGEST, 1000), (LONGEST, 1001)]
     kept = None if options.work is None else options.work / f"searches-{_landscape(options)}.jsonl"
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--simulated", action="store_true", help="simulated accuracies in place of recorded ones")
-    parser.add_argument("--quick", action="store_true", help="16 trials, 1 seed")
+    parser.add_argument("--quick", action="store_true", help="12 trials, 1 seed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where an interrupted measurement goes on")
     parser.add_argument("--data", help="taken for the sake of uniform arguments; no images are needed")
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def _counts(options: argparse.Namespace) -> tuple[int, ...]:
-    return (16,) if options.quick else (300, 1000)
+    return (12,) if options.quick else (300, 1000)
 
 
 if __name__ == "__main__":
