@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SPACE, made_up_records, write_run
+from made_up_run import SPACE, made_up_records, write_run
 
 from rlsearch.errors import RlsearchError
 from rlsearch.policy import Policy

@@ -1,7 +1,7 @@
 """The accuracy at the end of a training, from that after one of its epochs: a robust line through what others became.
 
-Reconstruction: Huber's regression (Huber, "Robust Estimation of a Location Parameter", 1964) by repeated weighting, its
-slope pulled towards 1 as by one trial more; and Student's prediction interval about it.
+Reconstruction: Huber's regression (Huber, "Robust Estimation of a Location Parameter", 1964) by repeated weighting, and
+Student's prediction interval about it.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def fit_line(before: Sequence[float], after: Sequence[float]) -> Line | None:
         width = float(weights @ (x - centre) ** 2)
         if width <= 0:
             return None
-        # What is ahead stays ahead by as much: that is worth one trial, which few noisy ones do not outvote.
-        prior = width / float(weights.sum())
-        slope = (float(weights @ ((x - centre) * (y - level))) + prior) / (width + prior)
+        slope = float(weights @ ((x - centre) * (y - level))) / width
         residuals = np.abs(y - level - slope * (x - centre))
         spread = max(_LEAST_SPREAD, _FROM_MEDIAN * float(np.median(residuals)) * math.sqrt(len(x) / freedom))
         weights = np.minimum(1, _BEND * spread / np.maximum(residuals, 1e-12))

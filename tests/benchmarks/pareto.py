@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import SPACE, made_up_records
+from made_up_run import SPACE, made_up_records
 
 from rlsearch import results
 from rlsearch.results.tables import write_trials
