@@ -160,8 +160,8 @@ def program(table: Table, trials: int, seed: int) -> Replayed:
 FRONT, RACING, TPE = "front", "front, racing", "TPE as it comes"
 RIVALS: dict[str, Rival] = {
     FRONT: Rival(ours("front"), 120),
-    RACING: Rival(ours("front", min_epochs=1, eta=2), 120, 10),
-    "front, sensitivities, racing": Rival(ours("front", min_epochs=1, eta=2, sensitivities=True), 120, 5),
+    RACING: Rival(ours("front", min_epochs=1, eta=2), 120, 5),
+    "front, sensitivities, racing": Rival(ours("front", min_epochs=1, eta=2, sensitivities=True), 120, 3),
     TPE: Rival(stock(lambda seed: TPESampler(seed=seed))),
     "TPE, multivariate": Rival(ours("tpe")),
     "NSGA-II": Rival(ours("nsga2")),
