@@ -39,7 +39,7 @@ def file_system(folder: Path, mounts: str | None = None) -> str:
     best, kind = -1, ""
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
-        fields, place = before.split(), Path("/")
+        fields = before.split()
         if len(fields) < 5 or not after:
             continue
         place = Path(fields[4].replace("\\040", " "))

@@ -121,7 +121,8 @@ def _storage() -> list[Finding]:
         if not os.access(folder, os.W_OK):
             findings.append(Finding(what, "error", f"{folder} is not writable", "choose another folder"))
             continue
-        found = f"{folder}: {shutil.disk_usage(folder).free / 1e9:.0f} GB free, {file_system(folder) or 'local'}"
+        kind = file_system(folder)
+        found = f"{folder}: {shutil.disk_usage(folder).free / 1e9:.0f} GB free{f', {kind}' if kind else ''}"
         warnings = storage_warnings(folder, _LEAST_FREE_BYTES)
         findings.append(Finding(what, "warning" if warnings else "ok", found, "; ".join(warnings)))
     return findings

@@ -214,7 +214,7 @@ class StudySearcher(Searcher):
             if stacks:
                 limit = f"{self._space.search.epoch_timeout:g} s (search.epoch_timeout)"
                 detail = "\n".join(stacks.splitlines()[:_STACK_LINES])
-                return Outcome("FAIL", last.epochs, f"timeout: an epoch took longer than {limit}, twice", detail)
+                return Outcome("FAIL", last.epochs, f"timeout: an epoch took longer than {limit}", detail)
             lines = [line.strip() for line in self.error_of(trial_id).splitlines() if line.strip()]
             told = lines[-1][:_REASON_LENGTH] if lines else "killed, or out of host memory"
             reason = f"worker_lost: its process ended twice without a result: {told}"

@@ -212,7 +212,7 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
     assert result.records[2].reason is not None
     assert result.records[2].reason.startswith("worker_lost: ")
     assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()
-    assert result.records[3].reason == "timeout: an epoch took longer than 15 s (search.epoch_timeout), twice"
+    assert result.records[3].reason == "timeout: an epoch took longer than 15 s (search.epoch_timeout)"
     outcome = RunStudy.open(tmp_path / "run" / "study.db").study.trials[3].user_attrs["outcome"]
     assert "in make_trial" in outcome["detail"]
 
