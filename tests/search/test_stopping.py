@@ -218,7 +218,7 @@ def test_a_limit_on_gpu_time_is_refused_where_there_is_no_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "is_warned"),
-    [({"trials": 30}, True), ({"trials": 31}, False), ({"trials": 9, "min_gain": None}, False)],
+    [({"trials": 24}, True), ({"trials": 25}, False), ({"trials": 9, "min_gain": None}, False)],
 )
 def test_a_rule_that_cannot_act_is_warned_about(settings: dict[str, Any], is_warned: bool) -> None:
     told = stopping_warning(SearchSettings(**{"min_gain": 0.001, **settings}))
