@@ -224,4 +224,4 @@ def test_a_rule_that_cannot_act_is_warned_about(settings: dict[str, Any], is_war
     told = stopping_warning(SearchSettings(**{"min_gain": 0.001, **settings}))
     assert (told is not None) == is_warned
     if told is not None:
-        assert told.startswith("search.min_gain looks at the front after 30 trials at the earliest")
+        assert told.startswith("search.min_gain looks at the front after 24 trials at the earliest")
