@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p "$(dirname "$run_dir")"
 
-if [ -e "$run_dir/study.db" ]; then
+if [ -e "$run_dir/study.db" ] || [ -e "$run_dir/study.json" ]; then
     echo "$run_dir holds a search already: going on with it"
     rlsearch resume "$run_dir" ${arguments[@]+"${arguments[@]}"}
 else

@@ -216,7 +216,7 @@ def read_run(folder: str | Path) -> Run:
         raise RunFolderError(f"{folder}: there is no such folder; give the --run-dir of a search")
     space = _read_space(folder / "space.yaml")
     trials = folder / "trials.parquet"
-    if not trials.exists() and not (folder / "study.db").exists():
+    if not trials.exists() and not any((folder / name).exists() for name in ("study.db", "study.json")):
         raise _no_run(trials)
     records = tuple(read_trials(trials)) if trials.exists() else ()
     return Run(

@@ -10,6 +10,7 @@ from torch import nn
 from rlsearch.errors import ModelError, Problem, suggestion
 from rlsearch.model_graph import split, why_not_cut
 from rlsearch.replacement import Unit, find_units
+from rlsearch.search.database import missing_driver
 from rlsearch.search.policy_space import PolicySpace, matched_units
 from rlsearch.search.ranges import values_of
 from rlsearch.search.settings import ReplacementSpace
@@ -43,6 +44,9 @@ def check_space(space: SearchSpace) -> list[Problem]:
     except ModelError as error:
         return [Problem("model", str(error))]
     problems = check_streamed(space) if space.data.stream is True else []
+    missing = missing_driver(space.search.storage)
+    if missing is not None:
+        problems.append(Problem("search.storage", missing))
     if space.model.weights is not None and not space.model.download:
         try:
             build_spec(space.model)

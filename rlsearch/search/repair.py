@@ -12,6 +12,7 @@ from rlsearch.results.report import write_report
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.study import RunStudy
+from rlsearch.search.unsaved import settle
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def repair_run(run_dir: str | Path) -> Repaired:
     folder.check_run()
     with folder.locked():
         study = RunStudy.open(folder.study_path)
-        mended = study.reconcile()
+        mended = settle(study, folder.path)
         wrong = folder.restore_space(study.space)
         mended += [] if wrong is None else [wrong]
         records = study.records()

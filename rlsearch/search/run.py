@@ -18,6 +18,7 @@ from rich.console import Console
 from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.database import check_storage
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.reachable import Reach
@@ -26,6 +27,8 @@ from rlsearch.search.session import SearchResult, SearchSession
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.stopping import check_gpu_hours, go_on, stopping_warning
 from rlsearch.search.study import RunStudy
+from rlsearch.search.study_file import STUDY_FILES
+from rlsearch.search.unsaved import settle
 from rlsearch.search.warm_start import from_content, read_warm_start, to_content
 from rlsearch.storage import storage_warnings
 
@@ -63,6 +66,7 @@ def start_search(
     console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_free()
+    check_storage(space.search.storage)
     prepared = prepare(space, address)
     known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space)
     prepared.sampler.learn_from(known)
@@ -74,7 +78,8 @@ def start_search(
             folder.check_free()  # another search may have taken it since
             content = prepared.space.to_dict()
             name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
-            study = RunStudy.create(folder.study_path, name, content, prepared.space.search.trials)
+            file = folder.path / STUDY_FILES[prepared.space.search.storage]
+            study = RunStudy.create(file, name, content, prepared.space.search.trials)
             if known:
                 study.warm_start = to_content(known)
                 console.print(f"warm start: {len(known)} trials of {warm_start}", soft_wrap=True, highlight=False)
@@ -120,7 +125,7 @@ def resume_search(
         space = replace(space, search=replace(space.search, trials=target))
         if time_budget is not None:
             space = replace(space, search=replace(space.search, time_budget=time_budget))
-        study.reconcile()
+        settle(study, folder.path)
         folder.follow(study.records(), study.epochs, list(space.objectives))
         kept = go_on(study, trials is not None or time_budget is not None, gpu_hours)
         study.target = target

@@ -22,8 +22,10 @@ from rlsearch.files import write_atomic
 from rlsearch.results.tables import TrialRecord, epochs_path, read_epochs, read_trials, write_epochs, write_trials
 from rlsearch.results.tensorboard import write_trial
 from rlsearch.run_lock import LOCK_FILE, run_lock
+from rlsearch.search.database import SQLITE
+from rlsearch.search.study_file import STUDY_FILES
 
-_SPACE, _STUDY = "space.yaml", "study.db"
+_SPACE = "space.yaml"
 # What `rlsearch.files.replacing` writes to before it renames.
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
@@ -41,8 +43,9 @@ class RunFolder:
 
     @property
     def study_path(self) -> Path:
-        """The Optuna study."""
-        return self.path / _STUDY
+        """The file of the study; that of SQLite where there is none."""
+        found = [file for name in STUDY_FILES.values() if (file := self.path / name).is_file()]
+        return found[0] if found else self.path / STUDY_FILES[SQLITE]
 
     @property
     def trials_path(self) -> Path:

@@ -5,6 +5,7 @@ Tune asks and tells here, in the driver, and nowhere else; workers never see the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -13,6 +14,7 @@ from ray.tune.search import Searcher
 
 from rlsearch.errors import OutOfMemoryError, SearchError
 from rlsearch.results.tables import TrialRecord
+from rlsearch.search.database import DatabaseAwayError
 from rlsearch.search.hang import stacks_of_hung
 from rlsearch.search.outcome import CONSTRAINT, Outcome, unmeasured
 from rlsearch.search.progress import SearchProgress
@@ -23,6 +25,7 @@ from rlsearch.search.space import SearchSpace
 from rlsearch.search.start_design import BASELINE, SAMPLER, SENSITIVITY
 from rlsearch.search.stopping import Ending, StoppingRules
 from rlsearch.search.study import PlannedTrial, RunStudy
+from rlsearch.search.unsaved import keep_outcome
 from rlsearch.search.worker import Job
 from rlsearch.training.trial_spec import TrialSpec
 
@@ -172,8 +175,9 @@ class StudySearcher(Searcher):
         for planned in self._running.values():
             self._rules.trial_ended(planned.number)
         unfinished = [*self._running.values(), *(planned for planned, _ in self._held)]
-        for planned in unfinished:
-            self._study.interrupt(planned.number)
+        with contextlib.suppress(DatabaseAwayError):  # what is left RUNNING then, a resume puts in its queue itself
+            for planned in unfinished:
+                self._study.interrupt(planned.number)
         self._running.clear()
         self._held.clear()
         return len(unfinished)
@@ -247,7 +251,11 @@ class StudySearcher(Searcher):
             outcome = Outcome("INFEASIBLE", outcome.epochs, f"{CONSTRAINT}: {told}", outcome.detail)
         if self.racing is not None:
             self.racing.learn(outcome.epochs, outcome.state)
-        record = self._study.finish(planned.number, outcome, violations)
+        try:
+            record = self._study.finish(planned.number, outcome, violations)
+        except DatabaseAwayError:
+            keep_outcome(self._folder.path, planned.number, outcome, violations)
+            raise
         self.records[record.trial] = record
         records = [self.records[number] for number in sorted(self.records)]
         self._folder.write_trial(record, outcome.epochs, list(self._space.objectives))

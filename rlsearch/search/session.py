@@ -20,6 +20,7 @@ from rich.console import Console
 from rlsearch.errors import SearchError
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.cluster import Slots
+from rlsearch.search.database import DatabaseAwayError
 from rlsearch.search.distributed_trial import DistributedTrainable, SharedImages, resources_of
 from rlsearch.search.interrupts import StopRequest, stop_requests
 from rlsearch.search.prepare import Prepared
@@ -98,6 +99,7 @@ class SearchSession:
             rules,
         )
         searcher.racing = self._racing(searcher.is_protected, searcher.is_probe)
+        self._study.on_wait(lambda why: progress.note(f"waiting for the study's database, a minute at most: {why}"))
         with stop_requests() as request, progress:
             watch = _Watch(request, progress)
             searcher.error_of = watch.error_of
@@ -206,6 +208,8 @@ def _explained(cause: Exception, folder: RunFolder) -> Exception:
     go_on = f"nothing that ended is lost: mend it, then go on by `rlsearch resume {folder.path}`"
     if isinstance(cause, OSError):
         return SearchError(f"{cause.filename or folder.path}: cannot be written ({cause.strerror or cause}); {go_on}")
+    if isinstance(cause, DatabaseAwayError):
+        return SearchError(f"the study's database does not answer ({cause}), and was asked for a minute; {go_on}")
     if isinstance(cause, OptunaError):
         return SearchError(f"{folder.study_path}: cannot be written ({cause}); {go_on}")
     if isinstance(cause, TuneError | RayError):

@@ -10,6 +10,7 @@ from typing import Any
 from rlsearch.config import from_mapping, typed, unknown_keys
 from rlsearch.errors import Problem, suggestion
 from rlsearch.replacement import BLOCKS, BlockKind
+from rlsearch.search.database import SQLITE, STORAGES
 from rlsearch.search.sampler_settings import SamplerSettings, parse_sampler
 
 EPOCH_TIMEOUT = 6 * 3600.0
@@ -61,6 +62,8 @@ class SearchSettings:
         sensitivities: whether every unit is first replaced alone, by the first block that it takes, and trained up to
             racing's first rung: what one unit bears tells the sampler much.
         max_failures: the search stops when more trials than this have failed.
+        storage: what holds the study: ``sqlite``, a file in the run's folder; or ``postgresql``, a database whose
+            address and password come from the environment, see `rlsearch.search.database`.
         min_epochs: racing's first rung; None for no racing: every trial trains to its end.
         eta: racing's rungs are min_epochs * eta^k, and fewer trials than this at one are not compared (>= 2).
     """
@@ -78,6 +81,7 @@ class SearchSettings:
     baseline_seeds: int = 2
     sensitivities: bool = False
     max_failures: int = 20
+    storage: str = SQLITE
     min_epochs: int | None = None
     eta: int = 3
 
@@ -92,6 +96,8 @@ class SearchSettings:
         ]
         if self.sensitivities and self.min_epochs is None:
             found.append(Problem(f"{key}.sensitivities", "needs search.min_epochs: where such a training ends"))
+        if self.storage not in STORAGES:
+            found.append(Problem(f"{key}.storage", f"must be one of {', '.join(STORAGES)}, got {self.storage}"))
         if self.seed >= 2**32:
             found.append(Problem(f"{key}.seed", f"must be below 2^32, got {self.seed}"))
         if self.gpu_hours is not None and not 0 < self.gpu_hours < float("inf"):

@@ -1,4 +1,7 @@
-"""The Optuna study of a run, ``study.db``: the one source of truth about its trials.
+"""The Optuna study of a run: the one source of truth about its trials.
+
+It lies in the run's folder (``study.db``, SQLite), or in a PostgreSQL database, with its name in the folder
+(``study.json``).
 
 A trial is written twice. When it is proposed, one write puts down its parameters, policy, training, seed and exact
 constraints, as RUNNING. When it ends, its outcome is written first, with the metrics of every epoch, and its state
@@ -11,41 +14,37 @@ nothing is counted twice.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from rlsearch.errors import RunFolderError
+from rlsearch.errors import RlsearchError, RunFolderError
 from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
+from rlsearch.search.database import PATIENCE, PatientStorage
 from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.search.sampler import Proposal
+from rlsearch.search.study_digest import DIGEST, PLANNED, SPACE, check_content, digest_of
+from rlsearch.search.study_file import create_storage, open_storage
 from rlsearch.training.loop import TrainingSpec
 
-_SPACE = "space"
 _TARGET = "trials"
 _STOPPING = "stopping"
 _WARM_START = "warm_start"
-_DIGEST = "digest"
-# What a trial is made of before it runs.
-_PLANNED = ("policy", "policy_hash", "training", "origin", "seed")
 # What Optuna lets through where a database holds what it has not written.
 _UNREADABLE = (optuna.exceptions.OptunaError, SQLAlchemyError, RuntimeError, ValueError, LookupError, TypeError)
 # Optuna's own prefix of a constraint among a trial's system attributes; `Trial.set_constraint` needs a live Trial.
 _CONSTRAINT = "constraints:"
-# How long SQLite waits for another process that reads the study (a dashboard) to let go.
-_LOCK_SECONDS = 60
+Ended = tuple[Outcome, Mapping[str, float]]
+"""How a trial ended: its outcome, and how far measured values miss the constraints."""
 
 
 @dataclass(frozen=True)
@@ -68,39 +67,46 @@ class PlannedTrial:
 
 
 class RunStudy:
-    """The study in a file. One process at a time writes to it: the holder of the run folder's lock.
+    """The study of a run. One process at a time writes to it: the holder of the run folder's lock.
+
+    Whatever is asked of it raises `rlsearch.search.database.DatabaseAwayError` where its database was locked or away
+    for a minute.
 
     Attributes:
         study: as the sampler reads it.
         objectives: metric to direction, in the order of the study's values.
     """
 
-    def __init__(self, storage: RDBStorage, study: optuna.Study, objectives: Mapping[str, str]) -> None:
+    def __init__(self, storage: PatientStorage, study: optuna.Study, objectives: Mapping[str, str]) -> None:
         self._storage = storage
         self.study = study
         self.objectives = dict(objectives)
         self._study_id = storage.get_study_id_from_name(study.study_name)
+        storage.patience = PATIENCE
 
     @classmethod
     def create(cls, path: Path, name: str, space: Mapping[str, Any], target: int) -> RunStudy:
         """A new study.
 
         Args:
-            path: the file; it must not exist.
+            path: of the file, by a name of `rlsearch.search.study_file.STUDY_FILES`; it must not exist.
             name: the study's own name.
             space: the resolved search space.
             target: how many trials the search ends with.
+
+        Raises:
+            UserError: PostgreSQL cannot be reached.
         """
         _quiet()
-        storage = _storage(path)
+        storage = create_storage(path, name)
         objectives: dict[str, Literal["minimize", "maximize"]] = space["objectives"]
         study = optuna.create_study(storage=storage, study_name=name, directions=[*objectives.values()])
         with warnings.catch_warnings():
             # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(objectives))
-        study.set_user_attr(_DIGEST, _digest(dict(space)))
-        study.set_user_attr(_SPACE, dict(space))
+        study.set_user_attr(DIGEST, digest_of(dict(space)))
+        study.set_user_attr(SPACE, dict(space))
         study.set_user_attr(_TARGET, target)
         return cls(storage, study, objectives)
 
@@ -109,32 +115,31 @@ class RunStudy:
         """The study of an existing run.
 
         Raises:
-            RunFolderError: the file is missing, damaged, or holds another number of studies than one.
+            RunFolderError: the file is missing or damaged, or the study is.
+            UserError: PostgreSQL cannot be reached.
         """
         _quiet()
         if not path.is_file():
             raise RunFolderError(f"{path}: is missing; restore it from a copy: without it nothing can be resumed")
-        _check_intact(path)
         try:
-            storage = _storage(path)
-            names = optuna.get_all_study_names(storage)
-            if len(names) != 1:
-                raise RunFolderError(f"{path}: must hold one study, has {len(names)}; restore it from a copy")
-            study = optuna.load_study(storage=storage, study_name=names[0])
+            storage, name = open_storage(path)
+            study = optuna.load_study(storage=storage, study_name=name)
             attributes = study.user_attrs
-            if not {_SPACE, _TARGET} <= set(attributes):
+            if not {SPACE, _TARGET} <= set(attributes):
                 remedy = "delete the folder and start the search again"
                 raise RunFolderError(f"{path}: the search was stopped before it began; {remedy}")
-            _check_content(path, study)
+            check_content(path, study)
+        except RlsearchError:
+            raise
         except _UNREADABLE as error:
             told = " ".join(str(error).split())[:300]
             raise RunFolderError(f"{path}: is no study of a run ({told}); restore it from a copy") from None
-        return cls(storage, study, attributes[_SPACE]["objectives"])
+        return cls(storage, study, attributes[SPACE]["objectives"])
 
     @property
     def space(self) -> dict[str, Any]:
         """The resolved search space that the study was made for."""
-        space: dict[str, Any] = self.study.user_attrs[_SPACE]
+        space: dict[str, Any] = self.study.user_attrs[SPACE]
         return space
 
     @property
@@ -165,6 +170,10 @@ class RunStudy:
     def warm_start(self, value: Sequence[Mapping[str, Any]]) -> None:
         self.study.set_user_attr(_WARM_START, [dict(row) for row in value])
 
+    def on_wait(self, told: Callable[[str], None]) -> None:
+        """Has ``told`` called, with the reason, whenever the database begins to keep the search waiting."""
+        self._storage.told = told
+
     def add(self, proposal: Proposal, seed: int) -> PlannedTrial:
         """Puts down a proposal as a RUNNING trial, in one write."""
         attributes = {
@@ -174,7 +183,7 @@ class RunStudy:
             "origin": proposal.origin,
             "seed": seed,
         }
-        attributes[_DIGEST] = _digest([attributes[name] for name in _PLANNED])
+        attributes[DIGEST] = digest_of([attributes[name] for name in PLANNED])
         trial_id = self._storage.create_new_trial(self._study_id, proposal.to_trial(attributes))
         number = self._storage.get_trial_number_from_id(trial_id)
         return PlannedTrial(number, proposal.policy, proposal.training, seed, proposal.origin)
@@ -208,15 +217,22 @@ class RunStudy:
         """Puts a RUNNING trial that was cut short into the queue of a later resume."""
         self._storage.set_trial_state_values(self._trial_id(number), TrialState.WAITING)
 
-    def reconcile(self) -> list[str]:
+    def reconcile(self, kept: Mapping[int, Ended] | None = None) -> list[str]:
         """Settles what a killed process left RUNNING: closed where its outcome is known, else in the queue.
+
+        Args:
+            kept: outcomes, by number, that could not be written because the database was away.
 
         Returns:
             what was done, a line each.
         """
         done = []
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if OUTCOME in trial.user_attrs:
+            ended = (kept or {}).get(trial.number)
+            if ended is not None:
+                self.finish(trial.number, *ended)
+                done.append(f"trial {trial.number}: had ended while the database was away")
+            elif OUTCOME in trial.user_attrs:
                 record = self._close(trial._trial_id, Outcome.from_dict(trial.user_attrs[OUTCOME]))
                 done.append(f"trial {trial.number}: had ended as {record.state}, and was not closed")
             else:
@@ -244,7 +260,7 @@ class RunStudy:
 
     def _keep(self, trial_id: int, outcome: Outcome) -> None:
         content = outcome.to_dict()
-        self._storage.set_trial_user_attr(trial_id, OUTCOME, {**content, _DIGEST: _digest(content)})
+        self._storage.set_trial_user_attr(trial_id, OUTCOME, {**content, DIGEST: digest_of(content)})
 
     def _close(self, trial_id: int, outcome: Outcome) -> TrialRecord:
         state, values = TrialState.FAIL, None
@@ -293,53 +309,6 @@ def _record(trial: FrozenTrial) -> TrialRecord:
 def _with_zone(moment: datetime | None) -> datetime | None:
     """Optuna keeps the local time without its zone."""
     return None if moment is None else moment.astimezone()
-
-
-def _storage(path: Path) -> RDBStorage:
-    return RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}})
-
-
-def _check_intact(path: Path) -> None:
-    """SQLite's own check of the whole file: a torn study must be named, never half read."""
-    try:
-        connection = sqlite3.connect(f"file:{path.resolve()}?mode=rw", uri=True, timeout=_LOCK_SECONDS)
-        try:
-            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        finally:
-            connection.close()
-    except sqlite3.DatabaseError as error:
-        verdict = str(error)
-    if verdict != "ok":
-        raise RunFolderError(f"{path}: is damaged ({verdict}); restore it from a copy")
-
-
-def _check_content(path: Path, study: optuna.Study) -> None:
-    """Whether space and trials are those that were written: SQLite itself notices no altered value.
-
-    Raises:
-        RunFolderError: something is not.
-    """
-    wrong = None
-    if study.user_attrs.get(_DIGEST) != _digest(study.user_attrs[_SPACE]):
-        wrong = "its search space"
-    objectives = study.user_attrs[_SPACE]["objectives"]
-    for trial in study.get_trials(deepcopy=False):
-        attributes = trial.user_attrs
-        content = dict(attributes.get(OUTCOME, {}))
-        is_right = attributes[_DIGEST] == _digest([attributes[name] for name in _PLANNED])
-        if content:
-            is_right &= content.pop(_DIGEST, None) == _digest(content)
-        if trial.state == TrialState.COMPLETE:
-            is_right &= trial.values == [float(Outcome.from_dict(content).final[name]) for name in objectives]
-        if not is_right:
-            wrong = f"trial {trial.number}"
-    if wrong is not None:
-        raise RunFolderError(f"{path}: is damaged ({wrong} is not as it was written); restore it from a copy")
-
-
-def _digest(content: Any) -> str:
-    """The SHA-256 of plain content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _quiet() -> None:

@@ -1,0 +1,69 @@
+"""The file of a run's folder that holds its study, or says which one of PostgreSQL it is."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import optuna
+
+from rlsearch.errors import RunFolderError
+from rlsearch.files import write_atomic
+from rlsearch.search.database import (
+    PATIENCE,
+    POSTGRESQL,
+    SQLITE,
+    PatientStorage,
+    open_postgresql,
+    open_sqlite,
+    postgresql_place,
+)
+
+STUDY_FILES = {SQLITE: "study.db", POSTGRESQL: "study.json"}
+"""Storage to the name of its file in a run's folder."""
+
+
+def create_storage(path: Path, name: str) -> PatientStorage:
+    if path.name != STUDY_FILES[POSTGRESQL]:
+        return open_sqlite(path)
+    storage = open_postgresql()
+    # Before the study itself: one that no folder names would stay in the database for ever.
+    write_atomic(path, (json.dumps({"storage": POSTGRESQL, "study": name}) + "\n").encode())
+    return storage
+
+
+def open_storage(path: Path) -> tuple[PatientStorage, str]:
+    """The storage of an existing run's study, and the study's name."""
+    if path.name != STUDY_FILES[POSTGRESQL]:
+        _check_intact(path)
+        storage = open_sqlite(path)
+        names = optuna.get_all_study_names(storage)
+        if len(names) != 1:
+            raise RunFolderError(f"{path}: must hold one study, has {len(names)}; restore it from a copy")
+        return storage, names[0]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    name = content.get("study") if isinstance(content, dict) and content.get("storage") == POSTGRESQL else None
+    if not isinstance(name, str):
+        raise RunFolderError(f"{path}: must name a study in PostgreSQL; restore it from a copy")
+    storage = open_postgresql()
+    if name not in optuna.get_all_study_names(storage):
+        raise RunFolderError(
+            f"{path}: PostgreSQL at {postgresql_place()} has no study {name}; point PGHOST, PGPORT and PGDATABASE to "
+            "the database that the search was started with"
+        )
+    return storage, name
+
+
+def _check_intact(path: Path) -> None:
+    """SQLite's own check of the whole file: a torn study must be named, never half read."""
+    try:
+        connection = sqlite3.connect(f"file:{path.resolve()}?mode=rw", uri=True, timeout=PATIENCE)
+        try:
+            (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        verdict = str(error)
+    if verdict != "ok":
+        raise RunFolderError(f"{path}: is damaged ({verdict}); restore it from a copy")
