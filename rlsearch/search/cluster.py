@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsearch.errors import ConfigError, Problem, SearchError, UserError
+from rlsearch.search.cluster_access import environment, private_access
 from rlsearch.search.watchdog import start_watchdog
 
 _ENVIRONMENT = {
@@ -29,8 +30,8 @@ _ENVIRONMENT = {
 _CONNECT_SECONDS = 10.0
 # Ray wants at least 75 MiB; the images lie there once, with room for what Ray itself puts beside them.
 _OBJECT_STORE_BYTES = 128 * 2**20
-# Ray puts sockets some 60 characters below its folder, and a socket's path has at most 107.
-_LONGEST_FOLDER = 40
+# A socket's path has at most 107 characters; our folder and Ray's in it take 20, and Ray's own names up to 64.
+_LONGEST_FOLDER = 23
 # What a CUDA context and the libraries' kernels take, beside the tensors that the prediction counts.
 _CUDA_CONTEXT_BYTES = 2**30
 _MEMORY_SLACK = 1.5
@@ -68,7 +69,7 @@ class Slots:
 
 @contextlib.contextmanager
 def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]:
-    """Ray, from start to end: a cluster of this machine alone, or a connection to one that exists.
+    """Ray, from start to end: a cluster of this machine and user alone, or a connection to one that exists.
 
     Args:
         address: ``local``, or the address of a running cluster.
@@ -83,9 +84,11 @@ def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]
     """
     import ray
 
-    with _environment(_ENVIRONMENT), _temporary_folder() as folder:
+    with environment(_ENVIRONMENT), _temporary_folder() as folder, contextlib.ExitStack() as access:
         started = not ray.is_initialized()
         if started:
+            if address == "local":
+                access.enter_context(private_access(folder))
             _start(address, folder, shared_bytes)
         try:
             yield folder
@@ -223,7 +226,7 @@ def _start(address: str, folder: Path, shared_bytes: int) -> None:
         options |= {
             "num_cpus": machine_cpus(),
             "include_dashboard": False,
-            "_temp_dir": str(folder),
+            "_temp_dir": str(folder / "r"),  # Ray lets every user of the machine write to it; none gets past the folder
             "object_store_memory": _OBJECT_STORE_BYTES + 2 * shared_bytes,
         }
     try:
@@ -246,18 +249,3 @@ def _temporary_folder() -> Iterator[Path]:
         assert watchdog.stdin is not None  # it was started with a pipe
         watchdog.stdin.close()
         watchdog.wait()
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the block alone."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
