@@ -201,7 +201,7 @@ class Policy:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}")], str(path)) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number too long for Python
             message = f"is not valid JSON ({error}); it may be truncated: export the policy again"
             raise ConfigError([Problem("", message)], str(path)) from None
         return cls.from_dict(content, str(path))

@@ -28,6 +28,7 @@ from rlsearch.search.stopping import check_gpu_hours, go_on, stopping_warning
 from rlsearch.search.study import RunStudy
 from rlsearch.search.warm_start import from_content, read_warm_start, to_content
 from rlsearch.storage import storage_warnings
+from rlsearch.training.model_factory import check_named, naming_option
 
 # What tables, TensorBoard and checkpoints take, about.
 _TABLES_BYTES = 1e9
@@ -88,6 +89,7 @@ def resume_search(
     trials: str | int | None = None,
     time_budget: float | None = None,
     gpu_hours: str | None = None,
+    model: str | None = None,
     address: str = "local",
     console: Console | None = None,
     trainable: type[tune.Trainable] | None = None,
@@ -100,12 +102,14 @@ def resume_search(
         time_budget: seconds after which no further trial starts; None for the search space's own.
         gpu_hours: the limit of the whole run's GPU time, ``+10`` for so many hours more than are spent, None for the
             limit that there is.
+        model: the name of the run's model, which a ``package.module:factory`` needs: code runs only when it is named.
         address: as for `start_search`.
         console: as for `start_search`.
         trainable: as for `start_search`.
 
     Raises:
-        UserError: there is no run, it is in use, it is damaged, or its search space was changed.
+        UserError: there is no run, it is in use, it is damaged, its search space was changed, or its model is code
+            that was not named.
         SearchError: as for `start_search`.
     """
     check_address(address)
@@ -118,6 +122,8 @@ def resume_search(
         target = _target(trials, study)
         space = parse_space(study.space, str(folder.study_path))
         space = replace(space, search=replace(space.search, trials=target))
+        if len(study.records()) < target:
+            check_named(space.model.name, model, f"the run in {folder.path}")
         if time_budget is not None:
             space = replace(space, search=replace(space.search, time_budget=time_budget))
         study.reconcile()
@@ -125,7 +131,7 @@ def resume_search(
         kept = go_on(study, trials is not None or time_budget is not None, gpu_hours)
         study.target = target
         if len(study.records()) >= target:
-            return SearchResult(folder.path, tuple(study.records()))
+            return SearchResult(folder.path, tuple(study.records()), model_option=naming_option(space.model.name))
         if kept.gpu_hours is not None:
             space = replace(space, search=replace(space.search, gpu_hours=kept.gpu_hours))
         prepared = prepare(space, address)

@@ -31,6 +31,7 @@ from rlsearch.search.stopping import StoppingRules
 from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
 from rlsearch.search.worker import WorkerSettings
+from rlsearch.training.model_factory import naming_option
 
 # A trial whose process is lost is started once more, from its checkpoint.
 _RETRIES = 1
@@ -46,6 +47,7 @@ class SearchResult:
         signal_exit_code: 130 or 143 where SIGINT or SIGTERM ended it, else None.
         why_ended: why it ended before it had all its trials (a stopping rule, an exhausted space), or None.
         resume_with: options with which a resume goes on nevertheless, or None.
+        model_option: what further commands on the run take to let its model's code run, with a space before it.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class SearchResult:
     signal_exit_code: int | None = None
     why_ended: str | None = None
     resume_with: str | None = None
+    model_option: str = ""
 
 
 class SearchSession:
@@ -106,11 +109,14 @@ class SearchSession:
             finally:
                 searcher.release()
         if cause is not None:
-            raise _explained(cause, self._folder) from cause
+            go_on = f"rlsearch resume {self._folder.path}{naming_option(self._space.model.name)}"
+            raise _explained(cause, self._folder, go_on) from cause
         records = tuple(searcher.records[number] for number in sorted(searcher.records))
         if records and all(map(has_failed, records)) and request.signal_number is None:
             raise SearchError(_all_failed(records))
-        return SearchResult(self._folder.path, records, request.exit_code, searcher.why_ended, searcher.resume_with)
+        option = naming_option(self._space.model.name)
+        ending = request.exit_code, searcher.why_ended, searcher.resume_with
+        return SearchResult(self._folder.path, records, *ending, model_option=option)
 
     def _fit(self, searcher: StudySearcher, watch: _Watch, scratch: Path) -> Exception | None:
         """Runs Tune to its end; the error that ended it before, if one did."""
@@ -201,9 +207,9 @@ class _Watch(tune.Callback):
         return Path(file).read_text(encoding="utf-8") if file else ""
 
 
-def _explained(cause: Exception, folder: RunFolder) -> Exception:
+def _explained(cause: Exception, folder: RunFolder, command: str) -> Exception:
     """A full disk, a lost cluster and the like as the search's own failure: what is lost, and what to do."""
-    go_on = f"nothing that ended is lost: mend it, then go on by `rlsearch resume {folder.path}`"
+    go_on = f"nothing that ended is lost: mend it, then go on by `{command}`"
     if isinstance(cause, OSError):
         return SearchError(f"{cause.filename or folder.path}: cannot be written ({cause.strerror or cause}); {go_on}")
     if isinstance(cause, OptunaError):
