@@ -101,6 +101,11 @@ class SearchError(RlsearchError):
     """The search as a whole failed: every trial failed, or the cluster cannot be reached."""
 
 
+def printable(text: str) -> str:
+    """A text out of a file as it may go to a terminal: what would move its cursor, or is no character, is a mark."""
+    return text if text.isprintable() else "".join(part if part.isprintable() else "\ufffd" for part in text)
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` when a known word is near, else the list of what is known.
 
