@@ -21,7 +21,6 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-
 # Of the problems of one file, in a message.
 _MOST_SHOWN = 100
 

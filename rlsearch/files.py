@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new one, never a part; and folders that lead nowhere else."""
+"""Files that a reader sees whole, the old content or the new one, and folders that lead nowhere else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Who can reach Ray: a search's own cluster is for this process alone, and one that exists is asked for its token.
 
-Whoever reaches a Ray cluster can run code on it. A cluster of this machine alone therefore listens on loopback only, and
-wants a token besides, which no other user of the machine can read.
+Whoever reaches a Ray cluster can run code on it. A cluster of this machine alone therefore listens on loopback only,
+and wants a token besides, which no other user of the machine can read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def private_access(folder: Path) -> Iterator[None]:
         folder: of the cluster, readable by this user alone.
     """
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # of a compiled module
 
     path = folder / _TOKEN_FILE
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
@@ -76,7 +76,7 @@ def wants_token(address: str) -> bool | None:
         try:
             channel.unary_unary(_QUESTION)(b"", timeout=_ANSWER_SECONDS)
         except grpc.RpcError as error:
-            code = error.code()  # type: ignore[attr-defined]  # grpc's own errors are calls too
+            code = error.code()
             return True if code == grpc.StatusCode.UNAUTHENTICATED else None
     return False
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.cluster_access import OPEN_REMEDY, wants_token
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.reachable import Reach
@@ -69,6 +70,7 @@ def start_search(
     prepared.sampler.learn_from(known)
     for doubt in [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]:
         console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
+    _warn_if_open(address, console)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
         with folder.locked():
@@ -137,10 +139,18 @@ def resume_search(
         prepared = prepare(space, address)
         prepared.sampler.learn_from(from_content(study.warm_start))
         folder.write_versions("resume")
+        _warn_if_open(address, console)
         with ray_cluster(address, prepared.data_bytes) as scratch:
             slots = _slots(prepared, address, console)
             study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+
+
+def _warn_if_open(address: str, console: Console) -> None:
+    """A word about a cluster that lets everyone in."""
+    if address != "local" and wants_token(address) is False:
+        told = f"warning: the cluster at {address} is open, it wants no token: {OPEN_REMEDY}"
+        console.print(told, style="yellow", soft_wrap=True)
 
 
 def _storage_doubts(prepared: Prepared, folder: Path) -> list[str]:

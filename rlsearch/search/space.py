@@ -21,10 +21,10 @@ from rlsearch.search.settings import (
     parse_resources,
     parse_search,
 )
-from rlsearch.yaml_file import override, read_yaml
 from rlsearch.training.data import DataSpec
 from rlsearch.training.loop import TrainingSpec
 from rlsearch.training.model_factory import is_installed_code
+from rlsearch.yaml_file import override, read_yaml
 
 DEFAULT_OBJECTIVES = {"accuracy": "maximize", "params": "minimize", "memory": "minimize", "train_flops": "minimize"}
 _MAXIMIZED = ("accuracy", "samples_per_second")
