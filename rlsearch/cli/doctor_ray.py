@@ -34,16 +34,16 @@ def ray_findings(address: str | None, dashboard_port: int = DASHBOARD_PORT) -> l
     return [_cluster(address), *_dashboard(dashboard_port)]
 
 
-def listening_hosts(port: int) -> set[str]:
-    """The addresses of this machine on which something listens at a port; empty where ``/proc`` does not tell."""
-    found = set()
+def listening() -> list[tuple[str, int, str]]:
+    """Address, port and inode of all sockets of this machine that take connections; none where ``/proc`` is silent."""
+    found = []
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):
             for line in Path("/proc/net", name).read_text(encoding="ascii").splitlines()[1:]:
                 fields = line.split()
-                host, _, at = fields[1].partition(":")
-                if fields[3] == _LISTENING and int(at, 16) == port:
-                    found.add(_readable(host))
+                if fields[3] == _LISTENING:
+                    host, _, port = fields[1].partition(":")
+                    found.append((_readable(host), int(port, 16), fields[9]))
     return found
 
 
@@ -79,7 +79,7 @@ def _cluster(address: str | None) -> Finding:
 
 
 def _dashboard(port: int) -> list[Finding]:
-    hosts = sorted(host for host in listening_hosts(port) if not is_loopback(host))
+    hosts = sorted({host for host, at, _ in listening() if at == port and not is_loopback(host)})
     if not hosts:
         return []
     found = f"something listens at port {port} of {', '.join(hosts)}, where Ray's dashboard is: others reach it"

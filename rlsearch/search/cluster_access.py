@@ -17,6 +17,8 @@ _TOKEN_FILE = "token"
 _QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _ANSWER_SECONDS = 5.0
 
+_HANDED_ON = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+
 OPEN_REMEDY = (
     "whoever reaches it can run code on it: stop it, then `ray get-auth-token --generate` once, the same "
     "~/.ray/auth_token on every node, and RAY_AUTH_MODE=token wherever Ray or rlsearch is started"
@@ -58,6 +60,15 @@ def private_access(folder: Path) -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = usual
         AuthenticationTokenLoader.instance().reset_cache()
+
+
+def nothing_handed_on() -> contextlib.AbstractContextManager[None]:
+    """The environment of a driver while Tune starts its workers, without what Tune would hand on to them.
+
+    It does so in the title of a process, which everyone on the machine can read, and Ray writes it into its logs. The
+    workers have the environment of their node, which on this machine is that of the driver as it was before.
+    """
+    return environment(dict.fromkeys(_HANDED_ON))
 
 
 def wants_token(address: str) -> bool | None:

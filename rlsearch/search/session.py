@@ -20,6 +20,7 @@ from rich.console import Console
 from rlsearch.errors import SearchError
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.cluster import Slots
+from rlsearch.search.cluster_access import nothing_handed_on
 from rlsearch.search.distributed_trial import DistributedTrainable, SharedImages, resources_of
 from rlsearch.search.interrupts import StopRequest, stop_requests
 from rlsearch.search.prepare import Prepared
@@ -146,7 +147,8 @@ class SearchSession:
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # what Tune would say, the run's own progress says
         cause: Exception | None = None
         try:
-            tuner.fit()
+            with nothing_handed_on():
+                tuner.fit()
         except StopSearch as stop:
             cause = stop.cause
         except (TuneError, RayError) as error:
