@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsearch.errors import ConfigError, Problem, SearchError, UserError
-from rlsearch.search.cluster_access import environment, private_access
+from rlsearch.search.cluster_access import environment, private_access, wants_token
 from rlsearch.search.watchdog import start_watchdog
 
 _ENVIRONMENT = {
@@ -104,7 +104,7 @@ def check_address(address: str) -> None:
     minutes to reach a cluster that is not there.
 
     Raises:
-        UserError: it does not, or nothing answers there.
+        UserError: it does not, nothing answers there, or the cluster wants a token and none is to be sent.
     """
     if address == "local":
         return
@@ -118,6 +118,11 @@ def check_address(address: str) -> None:
             f"--address: nothing answers at {address} ({error}); start the cluster's head first, or leave it out to "
             "use this machine alone"
         ) from None
+    if wants_token(address) and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise UserError(
+            f"--address: the cluster at {address} wants a token: export RAY_AUTH_MODE=token, with the token in "
+            "~/.ray/auth_token, or its file's path in RAY_AUTH_TOKEN_PATH"
+        )
 
 
 def plan_slots(
@@ -220,6 +225,7 @@ def _trials_a_gpu(predicted_bytes: int, gpu_bytes: int | None, by_cores: int, gp
 
 def _start(address: str, folder: Path, shared_bytes: int) -> None:
     import ray
+    from ray.exceptions import AuthenticationError
 
     options: dict[str, object] = {"address": address}
     if address == "local":
@@ -231,7 +237,7 @@ def _start(address: str, folder: Path, shared_bytes: int) -> None:
         }
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, AuthenticationError) as error:
         raise SearchError(f"Ray could not be started at {address!r}: {error}") from error
 
 
