@@ -16,6 +16,7 @@ from rlsearch.errors import Problem, suggestion
 
 T = TypeVar("T")
 
+_LONGEST_SHOWN = 300
 _NAMES = {
     str: "text",
     int: "a whole number",
@@ -33,7 +34,7 @@ def typed(value: Any, kind: type, key: str, problems: list[Problem]) -> Any:
     """
     accepted: Any = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        problems.append(Problem(key, f"must be {_NAMES[kind]}, got {value!r}{_yaml_hint(value, kind)}"))
+        problems.append(Problem(key, f"must be {_NAMES[kind]}, got {_shown(value)}{_yaml_hint(value, kind)}"))
         return None
     return float(value) if kind is float else value
 
@@ -92,11 +93,17 @@ def _value(value: Any, hint: Any, key: str, problems: list[Problem]) -> Any:
     if len(kinds) > 1:
         if type(value) in kinds:
             return value
-        problems.append(Problem(key, f"must be {' or '.join(_NAMES[kind] for kind in kinds)}, got {value!r}"))
+        problems.append(Problem(key, f"must be {' or '.join(_NAMES[kind] for kind in kinds)}, got {_shown(value)}"))
         return MISSING
     kind = kinds[0]
     checked = typed(value, dict if typing.get_origin(kind) is Mapping else kind, key, problems)
     return MISSING if checked is None else checked
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _yaml_hint(value: Any, kind: type) -> str:

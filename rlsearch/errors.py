@@ -21,6 +21,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+# Of the problems of one file, in a message.
+_MOST_SHOWN = 100
+
 
 class RlsearchError(Exception):
     """The root of all errors that rlsearch raises on purpose."""
@@ -53,7 +56,10 @@ class ConfigError(UserError):
         self.problems = tuple(problems)
         self.source = source
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in self.problems)]))
+        lines = [f"{source}: {count}", *(f"  - {problem}" for problem in self.problems[:_MOST_SHOWN])]
+        if len(self.problems) > _MOST_SHOWN:
+            lines.append(f"  - … and {len(self.problems) - _MOST_SHOWN:,} more")
+        super().__init__("\n".join(lines))
 
 
 class ModelError(UserError):
@@ -92,6 +98,11 @@ class OutOfMemoryError(TrialError):
 
 class SearchError(RlsearchError):
     """The search as a whole failed: every trial failed, or the cluster cannot be reached."""
+
+
+def printable(text: str) -> str:
+    """A text out of a file as it may go to a terminal: what would move its cursor, or is no character, is a mark."""
+    return text if text.isprintable() else "".join(part if part.isprintable() else "\ufffd" for part in text)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from rlsearch.config import from_mapping
-from rlsearch.errors import ConfigError, ModelError, Problem, RlsearchError, UserError
+from rlsearch.errors import ConfigError, Problem, RlsearchError, UserError
+from rlsearch.files import check_inside
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import apply_policy, materialize
 from rlsearch.results.confirmed_words import confirmed_section
@@ -29,6 +30,7 @@ from rlsearch.training.data import DataSpec, ImageData, ImageSplit, load_data, l
 from rlsearch.training.image_batches import ImageBatches
 from rlsearch.training.image_stream import StreamSplit
 from rlsearch.training.loop import Pass, TrainingSpec, evaluate, resolve_precision
+from rlsearch.training.model_factory import check_named
 from rlsearch.training.models import build_spec
 from rlsearch.training.stream_data import open_images
 from rlsearch.training.trial import EVALUATION_BATCH
@@ -99,7 +101,9 @@ def export_trial(run: Run, trial: int, out: Path, *, model: str | None = None) -
     policy = policy_of(record)
     spec = named_model(policy, model, f"the policy of trial {trial}")
     data_spec, training = settings_of(run, record)
-    weights = run.folder / "checkpoints" / f"trial-{trial:05d}" / WEIGHTS_FILE
+    checkpoints = f"checkpoints/trial-{trial:05d}"
+    check_inside(run.folder, ["checkpoints", checkpoints])
+    weights = run.folder / checkpoints / WEIGHTS_FILE
     data = load_data(data_spec)
     trained = _replaced(spec, policy, data.input_shape)
     load_weights(weights, trained)
@@ -188,10 +192,7 @@ def named_model(policy: Policy, model: str | None, source: str) -> ModelSpec:
     spec = policy.model
     if spec is None:
         raise ConfigError([Problem("model", "is missing: name the model that the policy is for")], source)
-    if model is not None and model != spec.name:
-        raise ModelError(f"--model is {model!r}, but the model of {source} is {spec.name!r}")
-    if model is None and ":" in spec.name:
-        raise ModelError(f"the model of {source} is code, {spec.name!r}: if you trust it, add --model {spec.name}")
+    check_named(spec.name, model, source)
     return spec
 
 

@@ -1,12 +1,14 @@
-"""Writing files so that a reader sees the old content or the new one, never a part."""
+"""Files that a reader sees whole, the old content or the new one, and folders that lead nowhere else."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from rlsearch.errors import RunFolderError
 
 
 @contextlib.contextmanager
@@ -36,6 +38,35 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Writes ``content`` to ``path``, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def check_inside(folder: Path, parts: Iterable[str] | None = None) -> None:
+    """Whether everything in a run's folder is there, and not a way to somewhere else.
+
+    A run may come from others. What is read, replaced and deleted under a name in it must lie in it, and no read may
+    wait for ever: links, pipes, sockets and devices are refused.
+
+    Args:
+        folder: of the run.
+        parts: look only at the entries of the folder itself and of these in it; None: at everything below.
+
+    Raises:
+        RunFolderError: something else than folders and ordinary files is there.
+    """
+    places = [folder, *(folder / part for part in parts or ())]
+    while places:
+        try:
+            entries = list(os.scandir(places.pop()))
+        except (FileNotFoundError, NotADirectoryError):  # it is optional, or a search that goes on has removed it
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                places += [Path(entry.path)] if parts is None else []
+            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                raise RunFolderError(
+                    f"{entry.path}: is a link, or no ordinary file; a run's folder holds neither: put there what it "
+                    "leads to, if you trust it"
+                )
 
 
 def _umask() -> int:

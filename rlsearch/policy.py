@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "rlsearch.policy/1"
 SCORES = ("param_change", "param_change_per_lr", "grad_change", "schedule")
+_LONGEST_NAME = 256
 FEATURES = ("recompute", "stored", "auto")
 
 
@@ -46,9 +47,10 @@ class ModelSpec:
 
     def problems(self, key: str = "model") -> list[Problem]:
         """What is out of range, each with its key."""
+        found = _name_problems(self.name, f"{key}.name")
         if self.num_classes < 1:
-            return [Problem(f"{key}.num_classes", f"must be at least 1, got {self.num_classes}")]
-        return []
+            found.append(Problem(f"{key}.num_classes", f"must be at least 1, got {self.num_classes}"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class Replacement:
     unit: str
     block: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def problems(self, key: str = "replacement") -> list[Problem]:
+        """What is out of range, each with its key."""
+        return _name_problems(self.unit, f"{key}.unit") + _name_problems(self.block, f"{key}.block")
 
 
 @dataclass(frozen=True)
@@ -201,10 +207,17 @@ class Policy:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError([Problem("", f"cannot be read: {error.strerror or error}")], str(path)) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number too long for Python
             message = f"is not valid JSON ({error}); it may be truncated: export the policy again"
             raise ConfigError([Problem("", message)], str(path)) from None
         return cls.from_dict(content, str(path))
+
+
+def _name_problems(name: str, key: str) -> list[Problem]:
+    """What keeps a text from being a name."""
+    if not name or len(name) > _LONGEST_NAME:
+        return [Problem(key, f"must have 1 to {_LONGEST_NAME} characters, has {len(name)}")]
+    return [] if name.isprintable() else [Problem(key, f"must hold only characters that can be shown, got {name!r}")]
 
 
 def _parse(content: Any, problems: list[Problem]) -> Policy | None:

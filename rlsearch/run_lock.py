@@ -30,6 +30,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     file = folder / LOCK_FILE
     lock = FileLock(file)
+    if file.is_symlink():
+        raise RunFolderError(f"{file}: is a link; delete it, for what it leads to would be written over")
     try:
         lock.acquire(timeout=0)
     except Timeout:

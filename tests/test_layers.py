@@ -12,12 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rlsearch"
 
 # For each part of the package: the parts of ours it may import, and the heavy packages it may import.
-BASE = {"errors", "config", "files", "policy", "_version"}
+BASE = {"errors", "config", "files", "yaml_file", "policy", "_version"}
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "_version": (set(), set()),
     "errors": (set(), set()),
     "config": ({"errors"}, set()),
-    "files": (set(), set()),
+    "files": ({"errors"}, set()),
+    "yaml_file": ({"errors"}, set()),
     "policy": ({"errors", "config", "files"}, set()),
     "model_graph": (BASE, {"torch"}),
     "replacement": (BASE | {"model_graph", "replacement"}, {"torch"}),

@@ -24,7 +24,7 @@ from rlsearch.cli.resume import resume
 from rlsearch.cli.search import search
 from rlsearch.cli.train import train
 from rlsearch.cli.validate import validate
-from rlsearch.errors import RlsearchError, UserError
+from rlsearch.errors import RlsearchError, UserError, printable
 
 app = typer.Typer(
     name="rlsearch",
@@ -70,5 +70,6 @@ def main() -> None:
 
 
 def _leave(error: RlsearchError, code: int) -> None:
-    typer.echo(f"rlsearch: {error}", err=True)
+    told = "\n".join(map(printable, f"rlsearch: {error}".split("\n")))
+    typer.echo(told, err=True)
     sys.exit(code)

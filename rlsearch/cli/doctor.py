@@ -7,27 +7,22 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rlsearch.cli.doctor_ray import Finding, ray_findings
+
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pyarrow", "tensorboard", "moocore", "safetensors")
 _LEAST_FREE_BYTES = 5e9
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: ``status`` is ``ok``, ``warning`` or ``error``."""
-
-    what: str
-    status: str
-    found: str
-    remedy: str = ""
-
-
 def doctor(
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster to look at; else RAY_ADDRESS, if it is set.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Looks at Python, packages, GPUs, Ray, storage and authentication, and says what is wrong and how to mend it.
@@ -36,7 +31,7 @@ def doctor(
     """
     import json
 
-    findings = [*_python(), *_packages(), *_devices(), *_ray(), *_storage()]
+    findings = [*_python(), *_packages(), *_devices(), *ray_findings(address), *_storage()]
     if as_json:
         typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
@@ -100,17 +95,6 @@ def _devices() -> list[Finding]:
         remedy = "another process holds most of its memory; times and packing will suffer" if busy else ""
         findings.append(Finding(f"GPU {index}", "warning" if busy else "ok", found, remedy))
     return findings
-
-
-def _ray() -> list[Finding]:
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        return [Finding("Ray", "ok", "a private local cluster for each search")]
-    found = f"RAY_ADDRESS is {address}; searches ignore it unless --address is given"
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        remedy = "anyone who reaches the cluster can run code on it: export RAY_AUTH_MODE=token on every node"
-        return [Finding("Ray", "warning", found, remedy)]
-    return [Finding("Ray", "ok", f"{found}; token authentication is on")]
 
 
 def _storage() -> list[Finding]:

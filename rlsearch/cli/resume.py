@@ -22,6 +22,10 @@ def resume(
         str | None,
         typer.Option(metavar="N|+N", help="No further trial starts above this GPU time in all, or so much more."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="Names the run's own model code, which lets it run."),
+    ] = None,
     address: Annotated[str, typer.Option(help="A running Ray cluster's address.")] = "local",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the front as one JSON object; progress goes to the standard error.")
@@ -45,6 +49,12 @@ def resume(
         raise ConfigError(problems, "command line")
     console = Console(stderr=as_json)
     result = resume_search(
-        run_dir, trials=trials, time_budget=seconds, gpu_hours=gpu_hours, address=address, console=console
+        run_dir,
+        trials=trials,
+        time_budget=seconds,
+        gpu_hours=gpu_hours,
+        model=model,
+        address=address,
+        console=console,
     )
     show_result(result, run_dir, console, as_json)

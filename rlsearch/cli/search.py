@@ -79,16 +79,16 @@ def show_result(result: SearchResult, run_dir: Path, console: Console, as_json: 
     from rlsearch.results.console import render_front
     from rlsearch.results.report import write_report
 
-    folder = shlex.quote(str(run_dir))
+    folder, model = shlex.quote(str(run_dir)), result.model_option
     if result.signal_exit_code is not None:
         console.print(f"stopped after {len(result.records)} trials", style="yellow")
-        console.print(f"resume with: rlsearch resume {folder}", soft_wrap=True, highlight=False)
+        console.print(f"resume with: rlsearch resume {folder}{model}", soft_wrap=True, highlight=False)
         raise typer.Exit(result.signal_exit_code)
     if result.why_ended:
         told = f"{result.why_ended}: ended after {len(result.records)} trials"
         console.print(told, style="yellow", soft_wrap=True)
     if result.resume_with:
-        told = f"to go on all the same: rlsearch resume {folder} {result.resume_with}"
+        told = f"to go on all the same: rlsearch resume {folder} {result.resume_with}{model}"
         console.print(told, soft_wrap=True, highlight=False)
     run = results.read_run(result.folder)
     if not results.candidates(run):
@@ -106,10 +106,10 @@ def show_result(result: SearchResult, run_dir: Path, console: Console, as_json: 
     console.print(f"\n{shown}\n", soft_wrap=True, highlight=False)
     console.print(
         "next:\n"
-        f"  rlsearch export {folder} --out policy        the knee's policy and weights, measured again\n"
-        f"  rlsearch confirm {folder}                    the front again with new seeds, on the test split\n"
+        f"  rlsearch export {folder} --out policy{model}        the knee's policy and weights, measured again\n"
+        f"  rlsearch confirm {folder}{model}                    the front again with new seeds, on the test split\n"
         f'  rlsearch pareto {folder} --where "accuracy>=0.9" --select params\n'
-        f"  rlsearch resume {folder} --trials +20\n"
+        f"  rlsearch resume {folder} --trials +20{model}\n"
         f"  tensorboard --logdir {folder}/tensorboard",
         soft_wrap=True,
         highlight=False,

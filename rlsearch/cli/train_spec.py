@@ -13,11 +13,11 @@ from rlsearch.config import from_mapping, unknown_keys
 from rlsearch.errors import ConfigError, ModelError, Problem
 from rlsearch.export import named_model
 from rlsearch.policy import LearnDrop, ModelSpec, Policy
-from rlsearch.search.yaml_file import override
 from rlsearch.training.data import DataSpec, ImageData, load_data
 from rlsearch.training.loop import TrainingSpec
 from rlsearch.training.models import build_spec, default_image_size
 from rlsearch.training.trial_spec import TrialSpec
+from rlsearch.yaml_file import override
 
 _COMMAND = "rlsearch train"
 _LEARN_DROP = "--learn-drop"

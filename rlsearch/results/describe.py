@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from rlsearch.errors import printable
 from rlsearch.policy import LearnDrop, Policy
 from rlsearch.results.comparison import difference
 from rlsearch.results.selection import baseline, policy_of
@@ -126,7 +127,7 @@ def describe_policy(policy: Policy) -> str:
     parts = [f"{block} {_short_units(units)}" for block, units in sorted(groups.items())]
     if policy.learn_drop is not None:
         parts.append(_describe_learn_drop(policy.learn_drop))
-    return "; ".join(parts)
+    return printable("; ".join(parts))
 
 
 def describe_trial(record: TrialRecord, baseline: TrialRecord | None) -> str:
@@ -135,7 +136,7 @@ def describe_trial(record: TrialRecord, baseline: TrialRecord | None) -> str:
     if baseline is not None:
         reference = training_of(baseline)
         parts += [f"{key}={_short(value)}" for key, value in training_of(record).items() if value != reference.get(key)]
-    return "; ".join(parts)
+    return printable("; ".join(parts))
 
 
 def describe_savings(run: Run, record: TrialRecord) -> str:

@@ -6,16 +6,20 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from rlsearch.errors import printable
 from rlsearch.results.describe import LABELS, describe_savings, unit_of
 from rlsearch.results.selection import Selection, baseline, candidates, front, record_of
 from rlsearch.results.tables import Run, TrialRecord
 
 _TITLE_INCHES = 1.0
+# Names out of a file are no formulas: a dollar sign is one.
+PLAIN_TEXT = rc_context({"text.parse_math": False})
 INK, MUTED, GRID, BLUE, ORANGE = "#1f2933", "#616e7c", "#e4e7eb", "#1f5fa8", "#d9480f"
 
 
@@ -84,6 +88,7 @@ def scale_of(run: Run, name: str) -> tuple[Callable[[float], float], str]:
     return (lambda value: value * unit.factor), f"{LABELS[name]}{f', {unit.sign}' if unit.sign else ''}"
 
 
+@PLAIN_TEXT
 def front_png(run: Run, pick: Selection) -> bytes:
     """The content of ``front.png``: a panel a cost, each trial a point; with one objective, its values by trial.
 
@@ -118,7 +123,7 @@ def run_title(run: Run) -> str:
     parts = [run.space.get(key) for key in ("model", "data")]
     names = [str(part["name"]) for part in parts if isinstance(part, dict) and "name" in part]
     # Of ``parquet:/somewhere/cifar10`` the last folder says it; the rest is this machine's own affair.
-    return " on ".join(name.rstrip("/").rsplit("/", 1)[-1] for name in names) or run.folder.name
+    return printable(" on ".join(name.rstrip("/").rsplit("/", 1)[-1] for name in names) or run.folder.name)
 
 
 def _panel(axes: Axes, run: Run, drawn: Sequence[Group], across: str | None, upright: str) -> None:

@@ -63,7 +63,8 @@ def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
         RunFolderError: no trial is complete, a table of the run is damaged, or the folder cannot be written to.
     """
     pick = select(run, key)
-    contents = {"report": report_html(run, pick).encode(), "front": front_png(run, pick)}
+    # YAML and JSON can hold halves of characters, which no file can.
+    contents = {"report": report_html(run, pick).encode(errors="backslashreplace"), "front": front_png(run, pick)}
     units = units_png(run)
     if units is not None:
         contents["units"] = units

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
-from rlsearch.errors import RunFolderError, suggestion
+from rlsearch.errors import ConfigError, RunFolderError, suggestion
+from rlsearch.files import check_inside
 from rlsearch.results.confirmed import ConfirmedTraining, confirmed_path, read_confirmed
 from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, read_records, read_rows, write_rows
 from rlsearch.results.table_file import METRICS as METRICS
+from rlsearch.yaml_file import read_yaml
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "INFEASIBLE")
 DIRECTIONS = ("maximize", "minimize")
@@ -209,11 +210,12 @@ def read_run(folder: str | Path) -> Run:
     """Reads a run's folder: its search space, its trials, and what was confirmed.
 
     Raises:
-        RunFolderError: there is no run, or one of its files is damaged.
+        RunFolderError: there is no run, one of its files is damaged, or one leads out of the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: there is no such folder; give the --run-dir of a search")
+    check_inside(folder, ["epochs"])
     space = _read_space(folder / "space.yaml")
     trials = folder / "trials.parquet"
     if not trials.exists() and not any((folder / name).exists() for name in ("study.db", "study.json")):
@@ -246,16 +248,12 @@ def _read_confirmed(path: Path, records: Iterable[TrialRecord]) -> tuple[Confirm
 
 def _read_space(path: Path) -> dict[str, Any]:
     """The resolved search space of a run."""
+    if not path.exists():
+        raise _no_run(path)
     try:
-        space = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(
-            f"{path}: is missing, so {path.parent} holds no run; give the --run-dir of a search"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path}: cannot be read ({' '.join(str(error).split())}); restore it from a copy"
-        ) from None
+        space = read_yaml(path)
+    except ConfigError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.problems[0]}); restore it from a copy") from None
     if not isinstance(space, dict) or not isinstance(space.get("constraints") or {}, dict):
         raise RunFolderError(f"{path}: is no search space; restore it from a copy")
     return space

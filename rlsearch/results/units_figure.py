@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from rlsearch.results.figures import GRID, INK, MUTED, run_title
+from rlsearch.results.figures import GRID, INK, MUTED, PLAIN_TEXT, run_title
 from rlsearch.results.tables import Run
 from rlsearch.results.unit_effects import UnitEffect, trained_in_full, unit_effects
 from rlsearch.results.unit_words import (
@@ -35,6 +35,7 @@ _ROW_INCHES = ((30, 0.24), (60, 0.17), (10**9, 0.11))
 _LETTER_INCHES = 0.16
 
 
+@PLAIN_TEXT
 def units_png(run: Run) -> bytes | None:
     """The content of ``units.png``: a row a unit, in the model's order; None where nothing is known of any.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsearch.errors import ConfigError, Problem, SearchError, UserError
+from rlsearch.search.cluster_access import environment, private_access, wants_token
 from rlsearch.search.watchdog import start_watchdog
 
 _ENVIRONMENT = {
@@ -29,8 +30,8 @@ _ENVIRONMENT = {
 _CONNECT_SECONDS = 10.0
 # Ray wants at least 75 MiB; the images lie there once, with room for what Ray itself puts beside them.
 _OBJECT_STORE_BYTES = 128 * 2**20
-# Ray puts sockets some 60 characters below its folder, and a socket's path has at most 107.
-_LONGEST_FOLDER = 40
+# A socket's path has at most 107 characters; our folder and Ray's in it take 20, and Ray's own names up to 64.
+_LONGEST_FOLDER = 23
 # What a CUDA context and the libraries' kernels take, beside the tensors that the prediction counts.
 _CUDA_CONTEXT_BYTES = 2**30
 _MEMORY_SLACK = 1.5
@@ -68,7 +69,7 @@ class Slots:
 
 @contextlib.contextmanager
 def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]:
-    """Ray, from start to end: a cluster of this machine alone, or a connection to one that exists.
+    """Ray, from start to end: a cluster of this machine and user alone, or a connection to one that exists.
 
     Args:
         address: ``local``, or the address of a running cluster.
@@ -83,9 +84,11 @@ def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]
     """
     import ray
 
-    with _environment(_ENVIRONMENT), _temporary_folder() as folder:
+    with environment(_ENVIRONMENT), _temporary_folder() as folder, contextlib.ExitStack() as access:
         started = not ray.is_initialized()
         if started:
+            if address == "local":
+                access.enter_context(private_access(folder))
             _start(address, folder, shared_bytes)
         try:
             yield folder
@@ -101,7 +104,7 @@ def check_address(address: str) -> None:
     minutes to reach a cluster that is not there.
 
     Raises:
-        UserError: it does not, or nothing answers there.
+        UserError: it does not, nothing answers there, or the cluster wants a token and none is to be sent.
     """
     if address == "local":
         return
@@ -115,6 +118,11 @@ def check_address(address: str) -> None:
             f"--address: nothing answers at {address} ({error}); start the cluster's head first, or leave it out to "
             "use this machine alone"
         ) from None
+    if wants_token(address) and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise UserError(
+            f"--address: the cluster at {address} wants a token: export RAY_AUTH_MODE=token, with the token in "
+            "~/.ray/auth_token, or its file's path in RAY_AUTH_TOKEN_PATH"
+        )
 
 
 def plan_slots(
@@ -217,18 +225,19 @@ def _trials_a_gpu(predicted_bytes: int, gpu_bytes: int | None, by_cores: int, gp
 
 def _start(address: str, folder: Path, shared_bytes: int) -> None:
     import ray
+    from ray.exceptions import AuthenticationError
 
     options: dict[str, object] = {"address": address}
     if address == "local":
         options |= {
             "num_cpus": machine_cpus(),
             "include_dashboard": False,
-            "_temp_dir": str(folder),
+            "_temp_dir": str(folder / "r"),  # Ray lets every user of the machine write to it; none gets past the folder
             "object_store_memory": _OBJECT_STORE_BYTES + 2 * shared_bytes,
         }
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, AuthenticationError) as error:
         raise SearchError(f"Ray could not be started at {address!r}: {error}") from error
 
 
@@ -246,18 +255,3 @@ def _temporary_folder() -> Iterator[Path]:
         assert watchdog.stdin is not None  # it was started with a pipe
         watchdog.stdin.close()
         watchdog.wait()
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the block alone."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

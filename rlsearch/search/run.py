@@ -18,6 +18,7 @@ from rich.console import Console
 from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.cluster_access import OPEN_REMEDY, wants_token
 from rlsearch.search.database import check_storage
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
@@ -31,6 +32,7 @@ from rlsearch.search.study_file import STUDY_FILES
 from rlsearch.search.unsaved import settle
 from rlsearch.search.warm_start import from_content, read_warm_start, to_content
 from rlsearch.storage import storage_warnings
+from rlsearch.training.model_factory import check_named, naming_option
 
 # What tables, TensorBoard and checkpoints take, about.
 _TABLES_BYTES = 1e9
@@ -72,6 +74,7 @@ def start_search(
     prepared.sampler.learn_from(known)
     for doubt in [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]:
         console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
+    _warn_if_open(address, console)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
         with folder.locked():
@@ -93,6 +96,7 @@ def resume_search(
     trials: str | int | None = None,
     time_budget: float | None = None,
     gpu_hours: str | None = None,
+    model: str | None = None,
     address: str = "local",
     console: Console | None = None,
     trainable: type[tune.Trainable] | None = None,
@@ -105,12 +109,14 @@ def resume_search(
         time_budget: seconds after which no further trial starts; None for the search space's own.
         gpu_hours: the limit of the whole run's GPU time, ``+10`` for so many hours more than are spent, None for the
             limit that there is.
+        model: the name of the run's model, which a ``package.module:factory`` needs: code runs only when it is named.
         address: as for `start_search`.
         console: as for `start_search`.
         trainable: as for `start_search`.
 
     Raises:
-        UserError: there is no run, it is in use, it is damaged, or its search space was changed.
+        UserError: there is no run, it is in use, it is damaged, its search space was changed, or its model is code
+            that was not named.
         SearchError: as for `start_search`.
     """
     check_address(address)
@@ -123,6 +129,8 @@ def resume_search(
         target = _target(trials, study)
         space = parse_space(study.space, str(folder.study_path))
         space = replace(space, search=replace(space.search, trials=target))
+        if len(study.records()) < target:
+            check_named(space.model.name, model, f"the run in {folder.path}")
         if time_budget is not None:
             space = replace(space, search=replace(space.search, time_budget=time_budget))
         settle(study, folder.path)
@@ -130,16 +138,24 @@ def resume_search(
         kept = go_on(study, trials is not None or time_budget is not None, gpu_hours)
         study.target = target
         if len(study.records()) >= target:
-            return SearchResult(folder.path, tuple(study.records()))
+            return SearchResult(folder.path, tuple(study.records()), model_option=naming_option(space.model.name))
         if kept.gpu_hours is not None:
             space = replace(space, search=replace(space.search, gpu_hours=kept.gpu_hours))
         prepared = prepare(space, address)
         prepared.sampler.learn_from(from_content(study.warm_start))
         folder.write_versions("resume")
+        _warn_if_open(address, console)
         with ray_cluster(address, prepared.data_bytes) as scratch:
             slots = _slots(prepared, address, console)
             study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+
+
+def _warn_if_open(address: str, console: Console) -> None:
+    """A word about a cluster that lets everyone in."""
+    if address != "local" and wants_token(address) is False:
+        told = f"warning: the cluster at {address} is open, it wants no token: {OPEN_REMEDY}"
+        console.print(told, style="yellow", soft_wrap=True)
 
 
 def _storage_doubts(prepared: Prepared, folder: Path) -> list[str]:

@@ -17,17 +17,20 @@ from typing import Any
 import yaml
 
 from rlsearch._version import __version__
-from rlsearch.errors import RunFolderError
-from rlsearch.files import write_atomic
+from rlsearch.errors import ConfigError, RunFolderError
+from rlsearch.files import check_inside, write_atomic
 from rlsearch.results.tables import TrialRecord, epochs_path, read_epochs, read_trials, write_epochs, write_trials
 from rlsearch.results.tensorboard import write_trial
 from rlsearch.run_lock import LOCK_FILE, run_lock
 from rlsearch.search.database import SQLITE
 from rlsearch.search.study_file import STUDY_FILES
+from rlsearch.yaml_file import read_yaml
 
 _SPACE = "space.yaml"
 # What `rlsearch.files.replacing` writes to before it renames.
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
+# What SQLite ends a journal with that names another.
+_JOURNAL_MARK = bytes.fromhex("d9d505f920a163d7")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
 
 
@@ -78,15 +81,17 @@ class RunFolder:
             )
 
     def check_run(self) -> None:
-        """Whether there is a search here that can be resumed.
+        """Whether there is a search here that can be resumed, and nothing that would reach out of the folder.
 
         Raises:
-            RunFolderError: there is none.
+            RunFolderError: there is none, or something would.
         """
         if not self.path.is_dir():
             raise RunFolderError(f"{self.path}: there is no such folder; give the --run-dir of a search")
         if not self.study_path.is_file():
             raise RunFolderError(f"{self.study_path}: is missing, so there is no run to resume; restore it from a copy")
+        check_inside(self.path)
+        _check_journal(self.path / f"{_STUDY}-journal")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -112,16 +117,15 @@ class RunFolder:
     def restore_space(self, space: Mapping[str, Any]) -> str | None:
         """Writes ``space.yaml`` as the study has it, where it is otherwise; what was wrong with it."""
         file, expected = self.path / _SPACE, _to_yaml(space)
-        try:
-            found = _to_yaml(yaml.safe_load(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        if not file.exists():
             wrong = f"{_SPACE}: is missing"
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            wrong = f"{_SPACE}: cannot be read ({' '.join(str(error).split())})"
         else:
-            if found == expected:
-                return None
-            wrong = f"{_SPACE}: was not what the study was made for"
+            try:
+                if _to_yaml(read_yaml(file)) == expected:
+                    return None
+                wrong = f"{_SPACE}: was not what the study was made for"
+            except ConfigError as error:
+                wrong = f"{_SPACE}: cannot be read ({error.problems[0]})"
         write_atomic(file, expected.encode())
         return wrong
 
@@ -143,9 +147,10 @@ class RunFolder:
             write_atomic(file, expected.encode())
             return
         try:
-            found = _to_yaml(yaml.safe_load(file.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise RunFolderError(f"{file}: cannot be read ({error}); delete it: a resume writes it anew") from None
+            found = _to_yaml(read_yaml(file))
+        except ConfigError as error:
+            told = f"cannot be read ({error.problems[0]}); delete it: a resume writes it anew"
+            raise RunFolderError(f"{file}: {told}") from None
         if found != expected:
             changes = difflib.unified_diff(expected.splitlines(), found.splitlines(), "study", "space.yaml", "", "", 0)
             raise RunFolderError(
@@ -230,6 +235,20 @@ class RunFolder:
         except RunFolderError as error:
             return _short(error)
         return None if found == record.fidelity else f"epochs/{path.name}: has {found} of {record.fidelity} epochs"
+
+
+def _check_journal(path: Path) -> None:
+    """Whether SQLite may undo what a killed search was writing, as it does when it opens the study.
+
+    A journal may name the journal of a group of databases. SQLite deletes the file of that name, whatever it is, and a
+    study never has one.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_JOURNAL_MARK)))
+        if file.read() == _JOURNAL_MARK:
+            raise RunFolderError(f"{path}: names another file, which SQLite would delete; delete {path.name}")
 
 
 def _short(error: RunFolderError) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rlsearch.errors import SearchError
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.cluster import Slots
+from rlsearch.search.cluster_access import nothing_handed_on
 from rlsearch.search.database import DatabaseAwayError
 from rlsearch.search.distributed_trial import DistributedTrainable, SharedImages, resources_of
 from rlsearch.search.interrupts import StopRequest, stop_requests
@@ -32,6 +33,7 @@ from rlsearch.search.stopping import StoppingRules
 from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
 from rlsearch.search.worker import WorkerSettings
+from rlsearch.training.model_factory import naming_option
 
 # A trial whose process is lost is started once more, from its checkpoint.
 _RETRIES = 1
@@ -47,6 +49,7 @@ class SearchResult:
         signal_exit_code: 130 or 143 where SIGINT or SIGTERM ended it, else None.
         why_ended: why it ended before it had all its trials (a stopping rule, an exhausted space), or None.
         resume_with: options with which a resume goes on nevertheless, or None.
+        model_option: what further commands on the run take to let its model's code run, with a space before it.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class SearchResult:
     signal_exit_code: int | None = None
     why_ended: str | None = None
     resume_with: str | None = None
+    model_option: str = ""
 
 
 class SearchSession:
@@ -108,11 +112,14 @@ class SearchSession:
             finally:
                 searcher.release()
         if cause is not None:
-            raise _explained(cause, self._folder) from cause
+            go_on = f"rlsearch resume {self._folder.path}{naming_option(self._space.model.name)}"
+            raise _explained(cause, self._folder, go_on) from cause
         records = tuple(searcher.records[number] for number in sorted(searcher.records))
         if records and all(map(has_failed, records)) and request.signal_number is None:
             raise SearchError(_all_failed(records))
-        return SearchResult(self._folder.path, records, request.exit_code, searcher.why_ended, searcher.resume_with)
+        option = naming_option(self._space.model.name)
+        ending = request.exit_code, searcher.why_ended, searcher.resume_with
+        return SearchResult(self._folder.path, records, *ending, model_option=option)
 
     def _fit(self, searcher: StudySearcher, watch: _Watch, scratch: Path) -> Exception | None:
         """Runs Tune to its end; the error that ended it before, if one did."""
@@ -142,7 +149,8 @@ class SearchSession:
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # what Tune would say, the run's own progress says
         cause: Exception | None = None
         try:
-            tuner.fit()
+            with nothing_handed_on():
+                tuner.fit()
         except StopSearch as stop:
             cause = stop.cause
         except (TuneError, RayError) as error:
@@ -203,9 +211,9 @@ class _Watch(tune.Callback):
         return Path(file).read_text(encoding="utf-8") if file else ""
 
 
-def _explained(cause: Exception, folder: RunFolder) -> Exception:
+def _explained(cause: Exception, folder: RunFolder, command: str) -> Exception:
     """A full disk, a lost cluster and the like as the search's own failure: what is lost, and what to do."""
-    go_on = f"nothing that ended is lost: mend it, then go on by `rlsearch resume {folder.path}`"
+    go_on = f"nothing that ended is lost: mend it, then go on by `{command}`"
     if isinstance(cause, OSError):
         return SearchError(f"{cause.filename or folder.path}: cannot be written ({cause.strerror or cause}); {go_on}")
     if isinstance(cause, DatabaseAwayError):

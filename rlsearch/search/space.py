@@ -21,9 +21,10 @@ from rlsearch.search.settings import (
     parse_resources,
     parse_search,
 )
-from rlsearch.search.yaml_file import override, read_yaml
 from rlsearch.training.data import DataSpec
 from rlsearch.training.loop import TrainingSpec
+from rlsearch.training.model_factory import is_installed_code
+from rlsearch.yaml_file import override, read_yaml
 
 DEFAULT_OBJECTIVES = {"accuracy": "maximize", "params": "minimize", "memory": "minimize", "train_flops": "minimize"}
 _MAXIMIZED = ("accuracy", "samples_per_second")
@@ -118,11 +119,19 @@ def load_space(path: str | Path, overrides: Iterable[str] = ()) -> SearchSpace:
     """The search space of a YAML file, with ``dotted.key=value`` overrides (``--set``) put in.
 
     Raises:
-        ConfigError: everything that is wrong with it, at once.
+        ConfigError: everything that is wrong with it, at once; or its model is code of an installed package, and no
+            override names it.
     """
     problems: list[Problem] = []
-    content = override(read_yaml(path), overrides, problems)
-    return parse_space(content, str(path), problems)
+    settings = list(overrides)
+    space = parse_space(override(read_yaml(path), settings, problems), str(path), problems)
+    name = space.model.name
+    is_named = any(setting.partition("=")[0].strip() in ("model", "model.name") for setting in settings)
+    if not is_named and is_installed_code(name):
+        message = f"is code of an installed package, {name!r}, which a file alone cannot run"
+        remedy = f"if you trust it, name it in the command too: --set model.name={name}"
+        raise ConfigError([Problem("model.name", f"{message}; {remedy}")], str(path))
+    return space
 
 
 def parse_space(content: Any, source: str = "search space", problems: list[Problem] | None = None) -> SearchSpace:

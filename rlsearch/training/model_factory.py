@@ -1,15 +1,60 @@
-"""A user's own model, named ``package.module:factory``."""
+"""A user's own model, named ``package.module:factory``: code, which runs only where the user's own command names it."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import site
+import sysconfig
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from rlsearch.errors import ModelError, suggestion
+
+
+def check_named(name: str, named: str | None, source: str) -> None:
+    """Whether the model that a file names may be built: code that comes out of a file must be named by the user too.
+
+    Args:
+        name: of the model, as the file has it.
+        named: what the user's own command gave with ``--model``, if anything.
+        source: what names the model, for messages.
+
+    Raises:
+        ModelError: the user gave another name, or none for a model that is code.
+    """
+    if named is not None and named != name:
+        raise ModelError(f"--model is {named!r}, but the model of {source} is {name!r}")
+    if named is None and ":" in name:
+        raise ModelError(f"the model of {source} is code, {name!r}: if you trust it, add --model {name}")
+
+
+def naming_option(name: str) -> str:
+    """What a command takes to let this model run, with a space before it; empty for one that is no code."""
+    return f" --model {name}" if ":" in name else ""
+
+
+def is_installed_code(name: str) -> bool:
+    """Whether a name leads into an installed package or Python itself, and not to what lies in the user's own folders.
+
+    Installed packages hold functions that fetch and run whatever their arguments say. Nothing is imported.
+    """
+    top = name.partition(":")[0].partition(".")[0]
+    if ":" not in name or not top.isidentifier():
+        return False
+    found = importlib.util.find_spec(top)
+    if found is None:
+        return False  # importing it will tell
+    places = [*(found.submodule_search_locations or ()), *([found.origin] if found.has_location else [])]
+    installed = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    roots = [Path(path).resolve() for path in (*installed, *site.getsitepackages(), site.getusersitepackages())]
+    files = [Path(place).resolve() for place in places if place is not None]
+    return top == "rlsearch" or not files or any(root in file.parents for file in files for root in roots)
 
 
 def build_from_factory(name: str, num_classes: int, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -46,6 +91,8 @@ def _import_factory(name: str) -> Callable[..., Any]:
             names = [known for known in vars(module) if not known.startswith("_") and callable(vars(module)[known])]
             raise ModelError(f"module {module_name!r} has no {attribute!r}{suggestion(attribute, names)}")
         factory = getattr(factory, part)
+        if isinstance(factory, ModuleType):
+            raise ModelError(f"model {name!r}: {part!r} is a module; a module's name stands before the colon")
     if not callable(factory):
         raise ModelError(f"model {name!r} must be callable, got {type(factory).__name__}")
     return factory  # type: ignore[no-any-return]  # callable() does not narrow Any
