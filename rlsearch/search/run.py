@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.observations import Observed
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.reachable import Reach
@@ -72,13 +74,9 @@ def start_search(
         slots = _slots(prepared, address, console)
         with folder.locked():
             folder.check_free()  # another search may have taken it since
-            content = prepared.space.to_dict()
-            name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
-            study = RunStudy.create(folder.study_path, name, content, prepared.space.search.trials)
+            study = _begin(prepared.space, folder, known)
             if known:
-                study.warm_start = to_content(known)
                 console.print(f"warm start: {len(known)} trials of {warm_start}", soft_wrap=True, highlight=False)
-            folder.write_space(content)
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
@@ -120,6 +118,7 @@ def resume_search(
         space = replace(space, search=replace(space.search, trials=target))
         if time_budget is not None:
             space = replace(space, search=replace(space.search, time_budget=time_budget))
+        folder.remove_leftovers()
         study.reconcile()
         folder.follow(study.records(), study.epochs, list(space.objectives))
         kept = go_on(study, trials is not None or time_budget is not None, gpu_hours)
@@ -135,6 +134,16 @@ def resume_search(
             slots = _slots(prepared, address, console)
             study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+
+
+def _begin(space: SearchSpace, folder: RunFolder, known: Sequence[Observed]) -> RunStudy:
+    """Writes the study, and the resolved space beside it: a resume writes that anew where a kill came between them."""
+    folder.remove_leftovers()
+    content = space.to_dict()
+    name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
+    study = RunStudy.create(folder.study_path, name, content, space.search.trials, to_content(known))
+    folder.write_space(content)
+    return study
 
 
 def _storage_doubts(prepared: Prepared, folder: Path) -> list[str]:

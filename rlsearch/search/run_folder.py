@@ -25,7 +25,7 @@ from rlsearch.run_lock import LOCK_FILE, run_lock
 
 _SPACE, _STUDY = "space.yaml", "study.db"
 # What `rlsearch.files.replacing` writes to before it renames.
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
+_LEFTOVER = re.compile(r"\..+\.(db|html|json|parquet|png|pt|rlsearch|safetensors|yaml)\.[a-z0-9_]{8}(-journal)?")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
 
 
@@ -68,7 +68,8 @@ class RunFolder:
                 f"{self.path}: holds a search already; go on with it by `rlsearch resume {self.path}`, "
                 "or give another --run-dir"
             )
-        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE)
+        names = {entry.name for entry in self.path.iterdir() if not _LEFTOVER.fullmatch(entry.name)}
+        others = sorted(names - {LOCK_FILE})
         if others:
             raise RunFolderError(
                 f"{self.path}: is not empty ({', '.join(others[:3])}) and holds no run; give another --run-dir"

@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from rlsearch.errors import RunFolderError
+from rlsearch.files import replacing
 from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
 from rlsearch.search.outcome import OUTCOME, Outcome
@@ -82,27 +83,40 @@ class RunStudy:
         self._study_id = storage.get_study_id_from_name(study.study_name)
 
     @classmethod
-    def create(cls, path: Path, name: str, space: Mapping[str, Any], target: int) -> RunStudy:
-        """A new study.
+    def create(
+        cls,
+        path: Path,
+        name: str,
+        space: Mapping[str, Any],
+        target: int,
+        warm_start: Sequence[Mapping[str, Any]] = (),
+    ) -> RunStudy:
+        """A new study, whole or not there at all: one that was killed in the making could be neither begun nor resumed.
 
         Args:
             path: the file; it must not exist.
             name: the study's own name.
             space: the resolved search space.
             target: how many trials the search ends with.
+            warm_start: what the search knows at its start.
         """
         _quiet()
-        storage = _storage(path)
         objectives: dict[str, Literal["minimize", "maximize"]] = space["objectives"]
-        study = optuna.create_study(storage=storage, study_name=name, directions=[*objectives.values()])
-        with warnings.catch_warnings():
-            # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(objectives))
-        study.set_user_attr(_DIGEST, _digest(dict(space)))
-        study.set_user_attr(_SPACE, dict(space))
-        study.set_user_attr(_TARGET, target)
-        return cls(storage, study, objectives)
+        with replacing(path) as temporary:
+            storage = _storage(temporary)
+            study = optuna.create_study(storage=storage, study_name=name, directions=[*objectives.values()])
+            with warnings.catch_warnings():
+                # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(objectives))
+            study.set_user_attr(_DIGEST, _digest(dict(space)))
+            study.set_user_attr(_SPACE, dict(space))
+            study.set_user_attr(_WARM_START, [dict(row) for row in warm_start])
+            study.set_user_attr(_TARGET, target)
+            storage.remove_session()
+            storage.engine.dispose()
+        storage = _storage(path)
+        return cls(storage, optuna.load_study(storage=storage, study_name=name), objectives)
 
     @classmethod
     def open(cls, path: Path) -> RunStudy:
@@ -160,10 +174,6 @@ class RunStudy:
         """What the search knew at its start, as `rlsearch.search.warm_start` keeps it; empty for most searches."""
         known: list[dict[str, Any]] = self.study.user_attrs.get(_WARM_START, [])
         return known
-
-    @warm_start.setter
-    def warm_start(self, value: Sequence[Mapping[str, Any]]) -> None:
-        self.study.set_user_attr(_WARM_START, [dict(row) for row in value])
 
     def add(self, proposal: Proposal, seed: int) -> PlannedTrial:
         """Puts down a proposal as a RUNNING trial, in one write."""
