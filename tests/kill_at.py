@@ -1,7 +1,7 @@
 """Ends this process by a SIGKILL right before its n-th write, so that a test can end it before each of them.
 
-A write is whatever a later process could see: a file that is opened for writing, renamed, removed or given other
-rights, a folder made or removed, and a commit of SQLite. Between two of them nothing is there to be seen.
+A write is whatever a later process could see: a file that is opened for writing, renamed or removed, a folder made or
+removed, and a commit of SQLite. Between two of them nothing else is there to be seen.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 
-_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 def kill_at(nth: int, folder: Path, told: Path) -> None:
@@ -44,8 +44,9 @@ def kill_at(nth: int, folder: Path, told: Path) -> None:
             count(f"{name} {arguments[0]!r}")
 
     @event.listens_for(Engine, "commit")
-    def on_commit(connection: object) -> None:
-        count("commit")
+    def on_commit(connection: Connection) -> None:
+        if connection.connection.in_transaction:  # SQLite begins one with its first change
+            count("commit")
 
     sys.addaudithook(on_event)
 

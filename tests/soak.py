@@ -39,7 +39,7 @@ objectives: {accuracy: maximize, params: minimize, train_flops: minimize}
 space:
   replacement: {units: "layer*", blocks: [skip, scalar, channel], max_fraction: 0.5}
   learn_drop: {threshold: {low: 1.0e-3, high: 1.0e-1, log: true}}
-search: {trials: 10, startup_trials: 4, max_concurrent: 2, max_failures: 1000000}
+search: {trials: 6, startup_trials: 2, max_concurrent: 2, max_failures: 1000000}
 resources: {cpu: 1, gpu: 0}
 """
 MORE_TRIALS = 10
@@ -108,11 +108,14 @@ class Soak:
                 self._check_end(driver.wait(PATIENCE_SECONDS), driver, {0, -signal.SIGKILL})
 
     def to_the_end(self) -> None:
-        """Lets the search have all of its trials, and proves the books."""
+        """Lets the search have all of its trials."""
         with self._driver(0) as driver:
             self._check_end(driver.wait(None), driver, {0})
+
+    def prove(self) -> None:
+        """Proves the books of a search that has all of its trials."""
         self._await_nothing_left()
-        self.differences += check_books(self.run, planned_trials(self.run))
+        self._differ(check_books(self.run, planned_trials(self.run)))
 
     def report(self) -> dict[str, object]:
         """The figures, after a table for people."""
@@ -210,6 +213,7 @@ def main() -> None:
         else:
             soak.in_a_row(options.kills)
         soak.to_the_end()
+        soak.prove()
         print(f"{'the disk':<44} {disk.kind}")
         figures = soak.report()
         if options.work is not None and disk.is_mounted:

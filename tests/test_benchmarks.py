@@ -62,5 +62,5 @@ def test_the_benchmark_of_durability_runs_small() -> None:
     figures = result["figures"]
     assert result["name"] == "durability"
     assert figures["overhead_ratio"] == pytest.approx(figures["seconds_with"] / figures["seconds_without"] - 1)
-    # Two trials at once.
-    assert figures["seconds_without"] > figures["trials"] * figures["trial_seconds"] / 2
+    # Two trials at once, the first two not counted.
+    assert figures["seconds_without"] > 0.9 * (figures["trials"] / 2 - 1) * figures["trial_seconds"]
