@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks.memory import SMALL, measured_errors
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -49,3 +50,17 @@ def test_the_benchmark_of_searches_runs_small() -> None:
     assert all(len(counts) == 5 for counts in reached.values())
     assert all(1 <= count <= 12 for counts in reached.values() for count in counts if count is not None)
     assert any(counts[-1] is not None for counts in reached.values())  # somebody found the best that was found
+
+
+@pytest.mark.cluster
+def test_the_benchmark_of_durability_runs_small() -> None:
+    run = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "durability.py"), "--quick"], capture_output=True, text=True, timeout=250
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    figures = result["figures"]
+    assert result["name"] == "durability"
+    assert figures["overhead_ratio"] == pytest.approx(figures["seconds_with"] / figures["seconds_without"] - 1)
+    # Two trials at once, the first two not counted.
+    assert figures["seconds_without"] > 0.9 * (figures["trials"] / 2 - 1) * figures["trial_seconds"]

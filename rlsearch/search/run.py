@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.cluster_access import OPEN_REMEDY, wants_token
 from rlsearch.search.database import check_storage
+from rlsearch.search.observations import Observed
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.reachable import Reach
@@ -79,14 +81,9 @@ def start_search(
         slots = _slots(prepared, address, console)
         with folder.locked():
             folder.check_free()  # another search may have taken it since
-            content = prepared.space.to_dict()
-            name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
-            file = folder.path / STUDY_FILES[prepared.space.search.storage]
-            study = RunStudy.create(file, name, content, prepared.space.search.trials)
+            study = _begin(prepared.space, folder, known)
             if known:
-                study.warm_start = to_content(known)
                 console.print(f"warm start: {len(known)} trials of {warm_start}", soft_wrap=True, highlight=False)
-            folder.write_space(content)
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
@@ -133,6 +130,7 @@ def resume_search(
             check_named(space.model.name, model, f"the run in {folder.path}")
         if time_budget is not None:
             space = replace(space, search=replace(space.search, time_budget=time_budget))
+        folder.remove_leftovers()
         settle(study, folder.path)
         folder.follow(study.records(), study.epochs, list(space.objectives))
         kept = go_on(study, trials is not None or time_budget is not None, gpu_hours)
@@ -156,6 +154,17 @@ def _warn_if_open(address: str, console: Console) -> None:
     if address != "local" and wants_token(address) is False:
         told = f"warning: the cluster at {address} is open, it wants no token: {OPEN_REMEDY}"
         console.print(told, style="yellow", soft_wrap=True)
+
+
+def _begin(space: SearchSpace, folder: RunFolder, known: Sequence[Observed]) -> RunStudy:
+    """Writes the study, and the resolved space beside it: a resume writes that anew where a kill came between them."""
+    folder.remove_leftovers()
+    content = space.to_dict()
+    name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
+    file = folder.path / STUDY_FILES[space.search.storage]
+    study = RunStudy.create(file, name, content, space.search.trials, to_content(known))
+    folder.write_space(content)
+    return study
 
 
 def _storage_doubts(prepared: Prepared, folder: Path) -> list[str]:

@@ -28,7 +28,7 @@ from rlsearch.yaml_file import read_yaml
 
 _SPACE = "space.yaml"
 # What `rlsearch.files.replacing` writes to before it renames.
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")
+_LEFTOVER = re.compile(r"\..+\.(db|html|json|parquet|png|pt|rlsearch|safetensors|yaml)\.[a-z0-9_]{8}(-journal)?")
 # What SQLite ends a journal with that names another.
 _JOURNAL_MARK = bytes.fromhex("d9d505f920a163d7")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy")
@@ -74,7 +74,8 @@ class RunFolder:
                 f"{self.path}: holds a search already; go on with it by `rlsearch resume {self.path}`, "
                 "or give another --run-dir"
             )
-        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK_FILE)
+        names = {entry.name for entry in self.path.iterdir() if not _LEFTOVER.fullmatch(entry.name)}
+        others = sorted(names - {LOCK_FILE})
         if others:
             raise RunFolderError(
                 f"{self.path}: is not empty ({', '.join(others[:3])}) and holds no run; give another --run-dir"
@@ -91,7 +92,7 @@ class RunFolder:
         if not self.study_path.is_file():
             raise RunFolderError(f"{self.study_path}: is missing, so there is no run to resume; restore it from a copy")
         check_inside(self.path)
-        _check_journal(self.path / f"{_STUDY}-journal")
+        _check_journal(self.path / f"{STUDY_FILES[SQLITE]}-journal")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ from rlsearch.search.database import PATIENCE, PatientStorage
 from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.search.sampler import Proposal
 from rlsearch.search.study_digest import DIGEST, PLANNED, SPACE, check_content, digest_of
-from rlsearch.search.study_file import create_storage, open_storage
+from rlsearch.search.study_file import new_storage, open_storage
 from rlsearch.training.loop import TrainingSpec
 
 _TARGET = "trials"
@@ -85,30 +85,40 @@ class RunStudy:
         storage.patience = PATIENCE
 
     @classmethod
-    def create(cls, path: Path, name: str, space: Mapping[str, Any], target: int) -> RunStudy:
-        """A new study.
+    def create(
+        cls,
+        path: Path,
+        name: str,
+        space: Mapping[str, Any],
+        target: int,
+        warm_start: Sequence[Mapping[str, Any]] = (),
+    ) -> RunStudy:
+        """A new study, whole or not there at all: one that was killed in the making could be neither begun nor resumed.
 
         Args:
             path: of the file, by a name of `rlsearch.search.study_file.STUDY_FILES`; it must not exist.
             name: the study's own name.
             space: the resolved search space.
             target: how many trials the search ends with.
+            warm_start: what the search knows at its start.
 
         Raises:
             UserError: PostgreSQL cannot be reached.
         """
         _quiet()
-        storage = create_storage(path, name)
         objectives: dict[str, Literal["minimize", "maximize"]] = space["objectives"]
-        study = optuna.create_study(storage=storage, study_name=name, directions=[*objectives.values()])
-        with warnings.catch_warnings():
-            # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(objectives))
-        study.set_user_attr(DIGEST, digest_of(dict(space)))
-        study.set_user_attr(SPACE, dict(space))
-        study.set_user_attr(_TARGET, target)
-        return cls(storage, study, objectives)
+        with new_storage(path, name) as storage:
+            study = optuna.create_study(storage=storage, study_name=name, directions=[*objectives.values()])
+            with warnings.catch_warnings():
+                # It only names the values for a dashboard; Optuna has called it experimental since version 3.2.
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(objectives))
+            study.set_user_attr(DIGEST, digest_of(dict(space)))
+            study.set_user_attr(SPACE, dict(space))
+            study.set_user_attr(_WARM_START, [dict(row) for row in warm_start])
+            study.set_user_attr(_TARGET, target)
+        storage, _ = open_storage(path)
+        return cls(storage, optuna.load_study(storage=storage, study_name=name), objectives)
 
     @classmethod
     def open(cls, path: Path) -> RunStudy:
@@ -165,10 +175,6 @@ class RunStudy:
         """What the search knew at its start, as `rlsearch.search.warm_start` keeps it; empty for most searches."""
         known: list[dict[str, Any]] = self.study.user_attrs.get(_WARM_START, [])
         return known
-
-    @warm_start.setter
-    def warm_start(self, value: Sequence[Mapping[str, Any]]) -> None:
-        self.study.set_user_attr(_WARM_START, [dict(row) for row in value])
 
     def on_wait(self, told: Callable[[str], None]) -> None:
         """Has ``told`` called, with the reason, whenever the database begins to keep the search waiting."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 
 from rlsearch.errors import RunFolderError
-from rlsearch.files import write_atomic
+from rlsearch.files import replacing, write_atomic
 from rlsearch.search.database import (
     PATIENCE,
     POSTGRESQL,
@@ -24,17 +26,35 @@ STUDY_FILES = {SQLITE: "study.db", POSTGRESQL: "study.json"}
 """Storage to the name of its file in a run's folder."""
 
 
-def create_storage(path: Path, name: str) -> PatientStorage:
-    if path.name != STUDY_FILES[POSTGRESQL]:
-        return open_sqlite(path)
-    storage = open_postgresql()
-    # Before the study itself: one that no folder names would stay in the database for ever.
-    write_atomic(path, (json.dumps({"storage": POSTGRESQL, "study": name}) + "\n").encode())
-    return storage
+@contextlib.contextmanager
+def new_storage(path: Path, name: str) -> Iterator[PatientStorage]:
+    """Where a study is made: its file is there, whole, once the block has ended well.
+
+    Args:
+        path: of the file; it must not exist.
+        name: of the study.
+
+    Raises:
+        UserError: PostgreSQL cannot be reached.
+    """
+    if path.name == STUDY_FILES[POSTGRESQL]:
+        yield open_postgresql()  # a study that no folder names, because of a kill right here, is in nobody's way
+        write_atomic(path, (json.dumps({"storage": POSTGRESQL, "study": name}) + "\n").encode())
+        return
+    with replacing(path) as temporary:
+        storage = open_sqlite(temporary)
+        yield storage
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def open_storage(path: Path) -> tuple[PatientStorage, str]:
-    """The storage of an existing run's study, and the study's name."""
+    """The storage of an existing run's study, and the study's name.
+
+    Raises:
+        RunFolderError: the file is damaged, or names no study that there is.
+        UserError: PostgreSQL cannot be reached.
+    """
     if path.name != STUDY_FILES[POSTGRESQL]:
         _check_intact(path)
         storage = open_sqlite(path)

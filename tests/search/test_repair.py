@@ -101,11 +101,14 @@ def test_what_belongs_to_no_trial_and_what_a_kill_has_left_is_removed(run: Path)
     whole(run)
     shutil.copy(epochs_path(run, 1), epochs_path(run, 77))
     (run / ".trials.parquet.abc12_x9").write_bytes(b"half")
+    (run / ".study.db.abc12_x9-journal").write_bytes(b"half")
+    (run / ".vimrc.settings").touch()  # somebody's own
     assert set(repair_run(run).mended) == {
         "epochs/trial-00077.parquet: the study has no such trial",
         ".trials.parquet.abc12_x9: left by a process that was killed",
+        ".study.db.abc12_x9-journal: left by a process that was killed",
     }
-    assert not (run / ".trials.parquet.abc12_x9").exists()
+    assert [path.name for path in run.glob(".*")] == [".vimrc.settings"]
 
 
 def test_a_run_in_use_or_without_its_study_is_refused(run: Path) -> None:

@@ -13,6 +13,7 @@ from rlsearch.errors import RunFolderError, UserError
 from rlsearch.policy import Policy
 from rlsearch.search.check import build_unallocated
 from rlsearch.search.costs import ExactCosts, HardConstraints
+from rlsearch.search.observations import Observed
 from rlsearch.search.outcome import Outcome
 from rlsearch.search.policy_space import PolicySpace
 from rlsearch.search.sampler import PolicySampler
@@ -62,9 +63,11 @@ def ended(study: RunStudy, planned: PlannedTrial, state: str = "COMPLETE") -> No
     study.finish(planned.number, Outcome(state, (metrics,)), {})
 
 
-def searched(folder: Path, space: SearchSpace, sampler: PolicySampler, trials: int) -> RunStudy:
+def searched(
+    folder: Path, space: SearchSpace, sampler: PolicySampler, trials: int, known: Sequence[Observed] = ()
+) -> RunStudy:
     folder.mkdir()
-    study = RunStudy.create(folder / "study.db", folder.name, space.to_dict(), trials)
+    study = RunStudy.create(folder / "study.db", folder.name, space.to_dict(), trials, to_content(known))
     for _ in range(trials):
         proposal = sampler.propose(study.study)
         assert proposal is not None
@@ -92,8 +95,7 @@ def test_the_study_keeps_what_was_known_and_hands_it_on(tmp_path: Path) -> None:
     space = space_of()
     first = searched(tmp_path / "first", space, sampler_of(space), 4)
     known = read_warm_start(tmp_path / "first", space)
-    second = searched(tmp_path / "second", space, sampler_of(space), 3)
-    second.warm_start = to_content(known)
+    searched(tmp_path / "second", space, sampler_of(space), 3, known)
     assert from_content(RunStudy.open(tmp_path / "second" / "study.db").warm_start) == [
         type(item)(**{**vars(item), "final": {}}) for item in known
     ]

@@ -1,0 +1,108 @@
+"""The soak runs, its faults are faults, and it says where books are not in order."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from books import read_study
+from faults import RoomyDisk, full_disk, locked_database
+from one_process_search import search_in_one_process
+from real_driver import Driver, planned_trials
+from soak import Soak
+
+SOAK = Path(__file__).parent / "soak.py"
+
+
+class Patient(Driver):
+    """Stands for a driver that lives on whatever happens."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+
+    def wait(self, seconds: float | None) -> int | None:
+        """Lets the time pass in which a driver would meet the fault."""
+        time.sleep(min(seconds or 0, 2))
+        return None
+
+
+@pytest.mark.cluster
+def test_one_kill_and_a_resume_through_the_command_line() -> None:
+    ended = subprocess.run(
+        [sys.executable, str(SOAK), "--kills", "1", "--seed", "2"], capture_output=True, text=True, timeout=280
+    )
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads(ended.stdout.splitlines()[-1])["figures"]
+    assert figures["faults"] == figures["faults: SIGKILL of the driver"] == 1
+    assert figures["trials COMPLETE"] == figures["trials planned"]
+    assert figures["differences (0 expected)"] == 0
+
+
+def test_the_soak_names_what_is_not_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, temporary = tmp_path / "disk" / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    search_in_one_process(run, 2)
+    soak = Soak(tmp_path, temporary, random.Random(0))
+    soak.prove()
+    assert soak.differences == []
+    (run / "epochs" / "trial-00001.parquet").unlink()
+    soak.prove()
+    figures = soak.report()
+    assert figures["differences (0 expected)"] == len(soak.differences) > 0
+    assert "epochs/trial-00001.parquet: is missing" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_full_and_gets_room_again(tmp_path: Path) -> None:
+    with RoomyDisk(tmp_path / "disk") as disk:
+        if not disk.is_mounted:
+            pytest.skip("no file system can be mounted here")
+        run = tmp_path / "disk" / "run"
+        run.mkdir()
+        found: list[int | None] = []
+
+        def write() -> None:
+            time.sleep(0.5)
+            try:
+                (run / "much").write_bytes(bytes(1 << 20))
+            except OSError as error:
+                found.append(error.errno)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert full_disk(Patient(), run, random.Random(0))
+        writer.join()
+        assert found == [errno.ENOSPC]
+        (run / "much").write_bytes(bytes(1 << 20))
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_locked_database_is_locked_and_then_free(tmp_path: Path) -> None:
+    assert not locked_database(Patient(), tmp_path, random.Random(0))
+    search_in_one_process(tmp_path / "run", 1)
+    refused = []
+
+    def write() -> None:
+        time.sleep(0.5)
+        connection = sqlite3.connect(tmp_path / "run" / "study.db", timeout=0)
+        try:
+            connection.execute("DELETE FROM studies")
+        except sqlite3.OperationalError as error:
+            refused.append(str(error))
+        finally:
+            connection.close()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert locked_database(Patient(), tmp_path / "run", random.Random(0))
+    writer.join()
+    assert refused == ["database is locked"]
+    assert len(read_study(tmp_path / "run")) == planned_trials(tmp_path / "run") == 1
