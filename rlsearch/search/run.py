@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from rich.console import Console
 from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
+from rlsearch.search.failures import storage_explained
+from rlsearch.search.observations import Observed
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.reachable import Reach
@@ -66,19 +69,17 @@ def start_search(
     prepared = prepare(space, address)
     known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space)
     prepared.sampler.learn_from(known)
-    for doubt in [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]:
+    with storage_explained(folder):
+        doubts = [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]
+    for doubt in doubts:
         console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
-        with folder.locked():
+        with storage_explained(folder), folder.locked():
             folder.check_free()  # another search may have taken it since
-            content = prepared.space.to_dict()
-            name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
-            study = RunStudy.create(folder.study_path, name, content, prepared.space.search.trials)
+            study = _begin(prepared.space, folder, known)
             if known:
-                study.warm_start = to_content(known)
                 console.print(f"warm start: {len(known)} trials of {warm_start}", soft_wrap=True, highlight=False)
-            folder.write_space(content)
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
@@ -112,7 +113,7 @@ def resume_search(
     console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_run()
-    with folder.locked():
+    with storage_explained(folder), folder.locked():
         study = RunStudy.open(folder.study_path)
         folder.check_space(study.space)
         target = _target(trials, study)
@@ -135,6 +136,21 @@ def resume_search(
             slots = _slots(prepared, address, console)
             study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+
+
+def _begin(space: SearchSpace, folder: RunFolder, known: Sequence[Observed]) -> RunStudy:
+    """Writes the study and the resolved space; where that fails, the folder is as free as before."""
+    content = space.to_dict()
+    name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
+    try:
+        study = RunStudy.create(folder.study_path, name, content, space.search.trials)
+        if known:
+            study.warm_start = to_content(known)
+        folder.write_space(content)
+    except Exception:
+        folder.discard_start()
+        raise
+    return study
 
 
 def _storage_doubts(prepared: Prepared, folder: Path) -> list[str]:
