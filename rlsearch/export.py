@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from rlsearch.config import from_mapping
-from rlsearch.errors import ConfigError, Problem, RlsearchError, UserError
-from rlsearch.files import check_inside
+from rlsearch.errors import ConfigError, Problem, RlsearchError, RunFolderError, UserError
+from rlsearch.files import check_inside, flush_folder, write_atomic
 from rlsearch.policy import ModelSpec, Policy
 from rlsearch.replacement import apply_policy, materialize
 from rlsearch.results.confirmed_words import confirmed_section
@@ -115,8 +115,10 @@ def export_trial(run: Run, trial: int, out: Path, *, model: str | None = None) -
         provenance = _provenance(run, record, data_spec, training, data)
         replace(policy, provenance=provenance).save(draft / POLICY_FILE)
         report = _measure(draft, out, record, data, load_test(data_spec), training, model)
-        (draft / CARD_FILE).write_text(_card(run, record, report, policy, data), encoding="utf-8")
+        write_atomic(draft / CARD_FILE, _card(run, record, report, policy, data).encode())
+        # Every file is on the disk by now, so that not even a power cut leaves a part under this name.
         draft.rename(out)
+    flush_folder(out.parent)
     return report
 
 
@@ -214,12 +216,11 @@ def _provenance(
     run: Run, record: TrialRecord, spec: DataSpec, training: TrainingSpec, data: ImageData
 ) -> dict[str, Any]:
     """Where an exported policy comes from, with all that a later training of it needs."""
-    versions = run.folder / "versions.json"
     return {
         "run": run.folder.resolve().name,
         "trial": record.trial,
         "objectives": {name: record.metric(name) for name in run.objectives},
-        "versions": json.loads(versions.read_text(encoding="utf-8")) if versions.exists() else {},
+        "versions": _versions(run.folder / "versions.json"),
         "seed": record.seed,
         "data": asdict(spec),
         "training": asdict(training),
@@ -228,6 +229,18 @@ def _provenance(
         "std": list(data.std),
         "classes": list(data.classes),
     }
+
+
+def _versions(file: Path) -> Any:
+    """What has run the search, as its folder tells; empty where it does not.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise RunFolderError(f"{file}: is damaged ({error}); delete it, or restore it from a copy") from None
 
 
 def _card(run: Run, record: TrialRecord, report: ExportReport, policy: Policy, data: ImageData) -> str:

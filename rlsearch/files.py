@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlsearch.errors import RunFolderError
+
+# A full disk, a quota, a file that has outgrown its limit, a disk that can only be read.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -18,20 +22,21 @@ def replacing(path: Path) -> Iterator[Path]:
     The content is flushed to the disk before it is renamed, and the rename itself is flushed too.
 
     Raises:
-        OSError: the folder is missing, full or not writable; ``path`` is then as it was.
+        OSError: the folder is missing, full or not writable; ``path`` is then as it was. A full disk names ``path``.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    with naming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_folder(path.parent)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -69,6 +74,22 @@ def check_inside(folder: Path, parts: Iterable[str] | None = None) -> None:
                 )
 
 
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether it is the disk that failed (full, over a quota, read only), and no mistake of anybody's."""
+    return isinstance(error, OSError) and error.errno in _STORAGE
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file a full disk has kept from being written: a write's own error names none."""
+    try:
+        yield
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+
+
 def _umask() -> int:
     """This process's umask; mkstemp ignores it, and a file of a run should be as readable as any other."""
     mask = os.umask(0o022)
@@ -76,7 +97,7 @@ def _umask() -> int:
     return mask
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Makes a rename in ``folder`` survive a power cut, where the system can do that (Windows cannot)."""
     with contextlib.suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)

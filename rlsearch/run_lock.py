@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rlsearch.errors import RunFolderError
+from rlsearch.files import naming
 
 LOCK_FILE = "run.lock"
 
@@ -27,6 +28,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         RunFolderError: another process holds it, and the message says which; or the folder cannot be written to.
+        OSError: the disk is full.
     """
     file = folder / LOCK_FILE
     lock = FileLock(file)
@@ -41,7 +43,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": now}
-        file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+        with naming(file):
+            file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
         yield
     finally:
         lock.release()

@@ -76,7 +76,7 @@ def write_run(folder: Path, records: list[TrialRecord], space: Mapping[str, Any]
     """The folder of a run that ended with ``records``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "space.yaml").write_text(yaml.safe_dump(dict(space), sort_keys=False), encoding="utf-8")
-    write_trials(folder / "trials.parquet", records)
+    write_trials(folder / "trials.parquet", records, space)
     for item in records:
         if item.accuracy is not None:
             write_epochs(epochs_path(folder, item.trial), _epochs(item))

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from rlsearch import DataSpec, LearnDrop, ModelSpec, Policy, Replacement, TrainingSpec, TrialSpec, build_model
-from rlsearch.errors import ModelError, RlsearchError, UserError
+from rlsearch.errors import ModelError, RlsearchError, RunFolderError, UserError
 from rlsearch.export import export_trial, load_exported
 from rlsearch.replacement import materialize
 from rlsearch.results.confirmed import ConfirmedTraining, write_confirmed
@@ -144,6 +144,14 @@ def test_missing_weights_and_incomplete_trials(run: tuple[Path, Trial], tmp_path
         export_trial(read_run(tmp_path), 1, tmp_path / "out")
     with pytest.raises(UserError, match="no trial 7"):
         export_trial(read_run(tmp_path), 7, tmp_path / "out")
+
+
+def test_damaged_versions_are_named(run: tuple[Path, Trial], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run[0], tmp_path / "run"))
+    (folder / "versions.json").write_text('{"history": [{"event"')
+    with pytest.raises(RunFolderError, match=r"versions\.json: is damaged .* delete it, or restore it from a copy"):
+        export_trial(read_run(folder), 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_model_code_runs_only_when_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "torchvision", "sklearn", "filelock"},
     ),
     "results": (BASE | {"results"}, {"tensorboard", "moocore", "plotly", "matplotlib"}),
-    "run_lock": ({"errors"}, {"filelock"}),
+    "run_lock": ({"errors", "files"}, {"filelock"}),
     "storage": (set(), set()),
     "search": (
         BASE | {"model_graph", "replacement", "training", "results", "run_lock", "storage", "search"},

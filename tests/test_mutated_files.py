@@ -17,12 +17,15 @@ from made_up_run import SPACE, made_up_records, write_run
 from rlsearch.errors import RlsearchError
 from rlsearch.policy import Policy
 from rlsearch.results import front, read_run, select
+from rlsearch.results.confirmed import ConfirmedTraining, write_confirmed
 from rlsearch.results.tables import read_epochs
+from rlsearch.results.tensorboard import is_whole, write_trial
+from rlsearch.run_lock import run_lock
 from rlsearch.search.outcome import Outcome
 from rlsearch.search.sampler import Proposal
 from rlsearch.search.space import load_space, parse_space
 from rlsearch.search.study import RunStudy
-from rlsearch.training.checkpoint import load_checkpoint, save_checkpoint
+from rlsearch.training.checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
 
 COUNT = 125
 LEAVES = [None, True, -1, 0, 1e308, float("nan"), 10**30, "", "x", "../../etc/passwd", [], {}, [1, "a"], {"a": 1}]
@@ -80,10 +83,6 @@ def told_or_right(read: Callable[[], Any], is_right: Callable[[Any], bool]) -> b
     return True
 
 
-def anything(_: Any) -> bool:
-    return True
-
-
 POLICY = {
     "schema": "rlsearch.policy/1",
     "replacements": [
@@ -121,10 +120,17 @@ def test_search_spaces(tmp_path: Path, of: str) -> None:
     assert told > COUNT / 4
 
 
-@pytest.mark.parametrize("name", ["trials.parquet", "epochs/trial-00005.parquet", "space.yaml"])
+@pytest.mark.parametrize(
+    "name", ["trials.parquet", "epochs/trial-00005.parquet", "space.yaml", "confirmed.parquet", "run.lock"]
+)
 def test_runs(tmp_path: Path, name: str) -> None:
-    """A table that was altered is never read as if it were whole: what is shown as the front is what was found."""
+    """A file that was altered is never read as if it were whole: what is shown as the front is what was found."""
     run, rng = write_run(tmp_path / "run", made_up_records()), random.Random(2)
+    first = read_run(run).records[0]
+    rows = [ConfirmedTraining(0, first.policy_hash, seed, test_accuracy=0.9 + seed / 100) for seed in (1, 2)]
+    write_confirmed(run / "confirmed.parquet", rows)
+    with run_lock(run):
+        pass
     before = read_run(run)
     members, pick = [item.trial for item in front(before)], select(before)
     epochs = read_epochs(run / "epochs" / "trial-00005.parquet")
@@ -133,18 +139,18 @@ def test_runs(tmp_path: Path, name: str) -> None:
         (run / name).write_bytes(mutated_bytes(whole, rng))
         if name.startswith("epochs"):
             told += told_or_right(lambda: read_epochs(run / name), lambda found: found == epochs)
-        elif name == "space.yaml":
-            told += told_or_right(lambda: select(read_run(run)), anything)
         else:
             told += told_or_right(
                 lambda: read_run(run),
                 lambda found: (
-                    found.records == before.records
+                    (found.records, found.confirmed, found.space) == (before.records, before.confirmed, before.space)
                     and [item.trial for item in front(found)] == members
                     and select(found) == pick
                 ),
             )
-    assert told > COUNT / 4
+            with run_lock(run):  # what stands in its file only tells others who holds it
+                pass
+    assert told > COUNT / 4 or name == "run.lock"
 
 
 def test_studies(tmp_path: Path) -> None:
@@ -161,6 +167,37 @@ def test_studies(tmp_path: Path) -> None:
             path.with_name(path.name + side).unlink(missing_ok=True)
         told += told_or_right(lambda: RunStudy.open(path).records(), lambda found: found == records)
     assert told > COUNT / 4
+
+
+def test_weights(tmp_path: Path) -> None:
+    path, rng, told = tmp_path / "model.safetensors", random.Random(5), 0
+    model = torch.nn.Linear(7, 5)
+    save_weights(path, model)
+    whole, state = path.read_bytes(), model.state_dict()
+    for _ in range(COUNT):
+        path.write_bytes(mutated_bytes(whole, rng))
+        told += told_or_right(
+            lambda: read_weights(path),
+            lambda found: found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state),
+        )
+    assert told > COUNT / 2
+
+
+def test_event_files_of_tensorboard(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", made_up_records())
+    trial = read_run(run).records[5]
+    write_trial(tmp_path, trial, read_epochs(run / "epochs" / "trial-00005.parquet"))
+    assert is_whole(tmp_path, trial)
+    rng = random.Random(6)
+    for place in ("", "result/"):
+        path = tmp_path / "trial-00005" / f"{place}events.out.tfevents.rlsearch"
+        whole = path.read_bytes()
+        for _ in range(COUNT // 2):
+            changed = mutated_bytes(whole, rng)
+            path.write_bytes(changed)
+            # Whatever stands behind the last event is not read.
+            assert is_whole(tmp_path, trial) == changed.startswith(whole)
+        path.write_bytes(whole)
 
 
 def test_checkpoints(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rlsearch.cli.search import search
 from rlsearch.cli.train import train
 from rlsearch.cli.validate import validate
 from rlsearch.errors import RlsearchError, UserError, printable
+from rlsearch.files import is_storage_failure
 
 app = typer.Typer(
     name="rlsearch",
@@ -64,12 +65,17 @@ def main() -> None:
         _leave(error, 2)
     except RlsearchError as error:
         _leave(error, 1)
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        told = f"{error.filename or 'a file'}: cannot be written ({error.strerror})"
+        _leave(f"{told}; what was there before is as it was: mend it, then give the same command again", 1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(EXIT_CODE)
 
 
-def _leave(error: RlsearchError, code: int) -> None:
+def _leave(error: RlsearchError | str, code: int) -> None:
     told = "\n".join(map(printable, f"rlsearch: {error}".split("\n")))
     typer.echo(told, err=True)
     sys.exit(code)

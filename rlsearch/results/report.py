@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from rlsearch.errors import RunFolderError
+from rlsearch.errors import RlsearchError
 from rlsearch.files import write_atomic
 from rlsearch.results import page
 from rlsearch.results.charts import curves_chart, front_chart, hypervolume_chart, row_label, units_chart
@@ -60,7 +60,8 @@ def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
 
     Raises:
         UserError: an unknown key.
-        RunFolderError: no trial is complete, a table of the run is damaged, or the folder cannot be written to.
+        RunFolderError: no trial is complete, or a table of the run is damaged.
+        RlsearchError: a file cannot be written; the old one is then as it was.
     """
     pick = select(run, key)
     # YAML and JSON can hold halves of characters, which no file can.
@@ -73,7 +74,7 @@ def write_report(run: Run, key: str = "knee") -> dict[str, Path]:
         try:
             write_atomic(path, contents[name])
         except OSError as error:
-            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from None
+            raise RlsearchError(f"{path}: cannot be written ({error.strerror or error})") from None
     return paths
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,14 +41,23 @@ _DIGEST = b"rlsearch.sha256"
 _EPOCH, _MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+def write_rows(
+    path: Path, schema: pa.Schema, rows: list[dict[str, Any]], marks: Mapping[str, str] | None = None
+) -> None:
     """Writes a table, whole or not at all.
+
+    Args:
+        path: the file.
+        schema: its columns.
+        rows: name to value.
+        marks: what the file says beside its rows, by name; see `read_mark`.
 
     Raises:
         OSError: the folder is missing, full or not writable; the old file is then as it was.
     """
     table = pa.Table.from_pylist(rows, schema=schema)
-    table = table.replace_schema_metadata({_DIGEST: _digest(_columns(table))})
+    said: dict[Any, Any] = {_DIGEST: _digest(_columns(table)), **(marks or {})}
+    table = table.replace_schema_metadata(said)
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -82,6 +91,24 @@ def read_rows(path: Path, schema: pa.Schema, remedy: str) -> list[dict[str, Any]
         if schema.field(name).type == TIME:
             columns[name] = [None if value is None else _EPOCH + value * _MICROSECOND for value in columns[name]]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def read_mark(path: Path, name: str, remedy: str) -> str | None:
+    """What a table says beside its rows; None where it says nothing of that name.
+
+    Args:
+        path: as in `read_rows`, and so is ``remedy``.
+        name: of the mark.
+        remedy: what helps where the table is damaged.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    try:
+        value = (pq.read_schema(path).metadata or {}).get(name.encode())
+        return None if value is None else value.decode()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, error, remedy) from None
 
 
 def read_records(path: Path, schema: pa.Schema, remedy: str, make: Callable[..., Record]) -> list[Record]:

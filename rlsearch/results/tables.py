@@ -14,17 +14,27 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlsearch.errors import ConfigError, RunFolderError, suggestion
+from rlsearch.errors import RunFolderError, suggestion
 from rlsearch.files import check_inside
 from rlsearch.results.confirmed import ConfirmedTraining, confirmed_path, read_confirmed
-from rlsearch.results.table_file import INTEGER, METRIC_TYPES, NUMBER, TEXT, TIME, read_records, read_rows, write_rows
+from rlsearch.results.space_file import check_space, objectives_of, read_space, space_digest
+from rlsearch.results.table_file import (
+    INTEGER,
+    METRIC_TYPES,
+    NUMBER,
+    TEXT,
+    TIME,
+    read_mark,
+    read_records,
+    read_rows,
+    write_rows,
+)
 from rlsearch.results.table_file import METRICS as METRICS
-from rlsearch.yaml_file import read_yaml
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "INFEASIBLE")
-DIRECTIONS = ("maximize", "minimize")
 ORIGINS = ("baseline", "baseline repeat", "skip control", "freeze control", "sensitivity", "sampler")
 _REMEDY = "`rlsearch resume` on the run writes it anew from the study"
+_SPACE_MARK = "rlsearch.space.sha256"
 
 _TRIALS = pa.schema(
     {"trial": INTEGER, "state": TEXT, "origin": TEXT, "reason": TEXT, "policy": TEXT, "policy_hash": TEXT}
@@ -150,8 +160,14 @@ class Run:
         return tuple(self.objectives.values())
 
 
-def write_trials(path: str | Path, records: Iterable[TrialRecord]) -> None:
+def write_trials(path: str | Path, records: Iterable[TrialRecord], space: Mapping[str, Any] | None = None) -> None:
     """Writes ``trials.parquet``, sorted by trial, whole or not at all.
+
+    Args:
+        path: the file.
+        records: of the trials.
+        space: the resolved search space that they are trials of: `read_run` then refuses a ``space.yaml`` that says
+            otherwise; None where nobody knows.
 
     Raises:
         ValueError: one trial is there twice.
@@ -161,7 +177,8 @@ def write_trials(path: str | Path, records: Iterable[TrialRecord]) -> None:
     for before, after in itertools.pairwise(ordered):
         if before.trial == after.trial:
             raise ValueError(f"each trial must be there once; twice: {after.trial}")
-    write_rows(Path(path), _TRIALS, [asdict(record) for record in ordered])
+    marks = {} if space is None else {_SPACE_MARK: space_digest(space)}
+    write_rows(Path(path), _TRIALS, [asdict(record) for record in ordered], marks)
 
 
 def read_trials(path: str | Path) -> list[TrialRecord]:
@@ -216,14 +233,18 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: there is no such folder; give the --run-dir of a search")
     check_inside(folder, ["epochs"])
-    space = _read_space(folder / "space.yaml")
+    space = read_space(folder / "space.yaml")
     trials = folder / "trials.parquet"
     if not trials.exists() and not any((folder / name).exists() for name in ("study.db", "study.json")):
         raise _no_run(trials)
-    records = tuple(read_trials(trials)) if trials.exists() else ()
+    objectives = objectives_of(space, folder / "space.yaml")
+    records: tuple[TrialRecord, ...] = ()
+    if trials.exists():
+        check_space(folder / "space.yaml", space, read_mark(trials, _SPACE_MARK, _REMEDY))
+        records = tuple(read_trials(trials))
     return Run(
         folder=folder,
-        objectives=_objectives(space, folder / "space.yaml"),
+        objectives=objectives,
         constraints={str(name): str(condition) for name, condition in (space.get("constraints") or {}).items()},
         records=records,
         space=space,
@@ -244,31 +265,6 @@ def _read_confirmed(path: Path, records: Iterable[TrialRecord]) -> tuple[Confirm
                 "move it away, and `rlsearch confirm` trains anew"
             )
     return tuple(rows)
-
-
-def _read_space(path: Path) -> dict[str, Any]:
-    """The resolved search space of a run."""
-    if not path.exists():
-        raise _no_run(path)
-    try:
-        space = read_yaml(path)
-    except ConfigError as error:
-        raise RunFolderError(f"{path}: cannot be read ({error.problems[0]}); restore it from a copy") from None
-    if not isinstance(space, dict) or not isinstance(space.get("constraints") or {}, dict):
-        raise RunFolderError(f"{path}: is no search space; restore it from a copy")
-    return space
-
-
-def _objectives(space: Mapping[str, Any], path: Path) -> dict[str, str]:
-    objectives = space.get("objectives")
-    if not isinstance(objectives, dict) or not objectives:
-        raise RunFolderError(f"{path}: objectives must map metrics to directions, got {objectives!r}")
-    for name, direction in objectives.items():
-        if name not in METRICS:
-            raise RunFolderError(f"{path}: objectives.{name}: unknown metric{suggestion(str(name), METRICS)}")
-        if direction not in DIRECTIONS:
-            raise RunFolderError(f"{path}: objectives.{name}: must be maximize or minimize, got {direction!r}")
-    return dict(objectives)
 
 
 def _no_run(missing: Path) -> RunFolderError:

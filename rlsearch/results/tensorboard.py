@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
@@ -31,6 +32,7 @@ _STATUS = {
     "FAIL": api_pb2.STATUS_FAILURE,
     "INFEASIBLE": api_pb2.STATUS_FAILURE,
 }
+_FILE = "events.out.tfevents.rlsearch"
 _CURVES = (
     *METRICS,
     "validation_loss",
@@ -67,6 +69,20 @@ def write_trial(
     if epochs:
         _write_events(session, [_epoch_event(row, started) for row in epochs])
     _write_events(session / "result", _session_events(record, tuple(objectives), started, ended))
+
+
+def is_whole(folder: str | Path, record: TrialRecord) -> bool:
+    """Whether what `write_trial` wrote of a trial can be read to its end; every event carries a checksum.
+
+    Args:
+        folder: the run's ``tensorboard`` folder.
+        record: the trial.
+    """
+    session = Path(folder) / f"trial-{record.trial:05d}"
+    curves = record.fidelity or 0
+    # Each file begins with an event of its own; a session has a start and an end, a COMPLETE one results in between.
+    expected = {session / "result": 4 if record.state == "COMPLETE" else 3} | ({session: 1 + curves} if curves else {})
+    return all(_num_events(place / _FILE) == count for place, count in expected.items())
 
 
 def hparams_of(record: TrialRecord) -> dict[str, bool | float | str]:
@@ -121,7 +137,7 @@ def _scalars(values: Mapping[str, float]) -> Summary:
 def _write_events(folder: Path, events: Sequence[Event]) -> None:
     """The events as the folder's only event file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "events.out.tfevents.rlsearch"
+    path = folder / _FILE
     buffer = io.BytesIO()
     writer = RecordWriter(buffer)
     for event in [Event(wall_time=events[0].wall_time, file_version="brain.Event:2"), *events]:
@@ -131,3 +147,8 @@ def _write_events(folder: Path, events: Sequence[Event]) -> None:
         # A writer that was killed leaves its temporary file, which TensorBoard would read too.
         if other.is_file() and other != path:
             other.unlink()
+
+
+def _num_events(path: Path) -> int:
+    """How many events can be read before the end of a file, or before the first that is damaged."""
+    return sum(1 for _ in RawEventFileLoader(str(path)).Load()) if path.is_file() else 0

@@ -13,6 +13,9 @@ OUTCOME = "outcome"
 CONSTRAINT = "constraint"
 """The reason's first word where a trial was trained to its end and broke a constraint."""
 
+STORAGE = "storage"
+"""The reason's first word where a worker could not write to the run's folder: no fault of the trial."""
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from rlsearch.errors import ModelError
 from rlsearch.results import candidates, read_run
 from rlsearch.results.report import write_report
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.study import RunStudy
 from rlsearch.search.unsaved import settle
+from rlsearch.training.checkpoint import read_weights
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def repair_run(run_dir: str | Path) -> Repaired:
         wrong = folder.restore_space(study.space)
         mended += [] if wrong is None else [wrong]
         records = study.records()
-        mended += folder.follow(records, study.epochs, list(study.objectives))
+        mended += folder.follow(records, study.epochs, list(study.objectives), thorough=True)
         mended += folder.remove_leftovers()
         run = read_run(folder.path)
         if candidates(run):
@@ -63,12 +63,12 @@ def _lost(folder: RunFolder, records: list[TrialRecord]) -> list[str]:
         if record.state != "COMPLETE":
             continue
         path = folder.checkpoints(record.trial) / "model.safetensors"
-        try:
-            with safe_open(path, "np"):
-                pass
-        except FileNotFoundError:
+        if not path.exists():
             found.append(f"{path.relative_to(folder.path)}: is missing; trial {record.trial} cannot be exported")
-        except (OSError, SafetensorError) as error:
-            told = f"cannot be read ({error}); trial {record.trial} cannot be exported"
-            found.append(f"{path.relative_to(folder.path)}: {told}")
+            continue
+        try:
+            read_weights(path)
+        except ModelError as error:
+            told = str(error).removeprefix(f"{path}: ").partition(";")[0]
+            found.append(f"{path.relative_to(folder.path)}: {told}; trial {record.trial} cannot be exported")
     return found

@@ -21,6 +21,7 @@ from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.cluster_access import OPEN_REMEDY, wants_token
 from rlsearch.search.database import check_storage
+from rlsearch.search.failures import storage_explained
 from rlsearch.search.observations import Observed
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
 from rlsearch.search.prepare import Prepared, prepare
@@ -74,12 +75,14 @@ def start_search(
     prepared = prepare(space, address)
     known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space)
     prepared.sampler.learn_from(known)
-    for doubt in [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]:
+    with storage_explained(folder):
+        doubts = [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]
+    for doubt in doubts:
         console.print(f"warning: {doubt}", style="yellow", soft_wrap=True)
     _warn_if_open(address, console)
     with ray_cluster(address, prepared.data_bytes) as scratch:
         slots = _slots(prepared, address, console)
-        with folder.locked():
+        with storage_explained(folder), folder.locked():
             folder.check_free()  # another search may have taken it since
             study = _begin(prepared.space, folder, known)
             if known:
@@ -120,7 +123,7 @@ def resume_search(
     console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_run()
-    with folder.locked():
+    with storage_explained(folder), folder.locked():
         study = RunStudy.open(folder.study_path)
         folder.check_space(study.space)
         target = _target(trials, study)
@@ -157,13 +160,17 @@ def _warn_if_open(address: str, console: Console) -> None:
 
 
 def _begin(space: SearchSpace, folder: RunFolder, known: Sequence[Observed]) -> RunStudy:
-    """Writes the study, and the resolved space beside it: a resume writes that anew where a kill came between them."""
+    """Writes the study and the resolved space; where that fails, the folder is as free as before."""
     folder.remove_leftovers()
     content = space.to_dict()
     name = f"{_plain_name(folder.path.name)}-{secrets.token_hex(4)}"
     file = folder.path / STUDY_FILES[space.search.storage]
-    study = RunStudy.create(file, name, content, space.search.trials, to_content(known))
-    folder.write_space(content)
+    try:
+        study = RunStudy.create(file, name, content, space.search.trials, to_content(known))
+        folder.write_space(content)
+    except Exception:
+        folder.discard_start()
+        raise
     return study
 
 

@@ -20,13 +20,13 @@ from rlsearch._version import __version__
 from rlsearch.errors import ConfigError, RunFolderError
 from rlsearch.files import check_inside, write_atomic
 from rlsearch.results.tables import TrialRecord, epochs_path, read_epochs, read_trials, write_epochs, write_trials
-from rlsearch.results.tensorboard import write_trial
+from rlsearch.results.tensorboard import is_whole, write_trial
 from rlsearch.run_lock import LOCK_FILE, run_lock
 from rlsearch.search.database import SQLITE
 from rlsearch.search.study_file import STUDY_FILES
 from rlsearch.yaml_file import read_yaml
 
-_SPACE = "space.yaml"
+_SPACE, _VERSIONS = "space.yaml", "versions.json"
 # What `rlsearch.files.replacing` writes to before it renames.
 _LEFTOVER = re.compile(r"\..+\.(db|html|json|parquet|png|pt|rlsearch|safetensors|yaml)\.[a-z0-9_]{8}(-journal)?")
 # What SQLite ends a journal with that names another.
@@ -43,6 +43,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()
+        # As the study has it, once it was written or compared: the table of trials says which space they are of.
+        self._space: Mapping[str, Any] | None = None
 
     @property
     def study_path(self) -> Path:
@@ -94,6 +96,15 @@ class RunFolder:
         check_inside(self.path)
         _check_journal(self.path / f"{STUDY_FILES[SQLITE]}-journal")
 
+    def holds_search(self) -> bool:
+        """Whether a search has begun here; ``space.yaml`` is written once the study is whole."""
+        return self.study_path.is_file() and (self.path / _SPACE).is_file()
+
+    def discard_start(self) -> None:
+        """Deletes what a search leaves that could not even begin, so that the same command can start again."""
+        for name in (*STUDY_FILES.values(), _SPACE, _VERSIONS):
+            (self.path / name).unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """The right to write to this folder, for as long as the block runs; makes the folder.
@@ -112,11 +123,13 @@ class RunFolder:
 
     def write_space(self, space: Mapping[str, Any]) -> None:
         """Writes the resolved search space, and the versions of what runs it."""
+        self._space = space
         write_atomic(self.path / _SPACE, _to_yaml(space).encode())
         self.write_versions("start")
 
     def restore_space(self, space: Mapping[str, Any]) -> str | None:
         """Writes ``space.yaml`` as the study has it, where it is otherwise; what was wrong with it."""
+        self._space = space
         file, expected = self.path / _SPACE, _to_yaml(space)
         if not file.exists():
             wrong = f"{_SPACE}: is missing"
@@ -143,6 +156,7 @@ class RunFolder:
         Raises:
             RunFolderError: it was changed; the message shows the difference.
         """
+        self._space = space
         file, expected = self.path / _SPACE, _to_yaml(space)
         if not file.exists():
             write_atomic(file, expected.encode())
@@ -161,7 +175,7 @@ class RunFolder:
 
     def write_versions(self, event: str) -> None:
         """Adds what runs the search now to ``versions.json``."""
-        file = self.path / "versions.json"
+        file = self.path / _VERSIONS
         try:
             history = json.loads(file.read_text(encoding="utf-8"))["history"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -185,15 +199,18 @@ class RunFolder:
 
     def write_trials(self, records: Sequence[TrialRecord]) -> None:
         """Writes the table of trials."""
-        write_trials(self.trials_path, records)
+        write_trials(self.trials_path, records, self._space)
 
-    def follow(self, records: Sequence[TrialRecord], epochs_of: Any, objectives: Sequence[str]) -> list[str]:
+    def follow(
+        self, records: Sequence[TrialRecord], epochs_of: Any, objectives: Sequence[str], *, thorough: bool = False
+    ) -> list[str]:
         """Makes tables and TensorBoard say what the study says; what they say already is left alone.
 
         Args:
             records: of the study.
             epochs_of: from a trial's number to its epochs.
             objectives: of the search.
+            thorough: read TensorBoard's files to their ends too, which takes some milliseconds a trial.
 
         Returns:
             what was mended, a line each.
@@ -201,6 +218,8 @@ class RunFolder:
         known, mended = self._known_records(records)
         for record in records:
             wrong = self._wrong_epochs(record)
+            if wrong is None and thorough and not is_whole(self.path / "tensorboard", record):
+                wrong = f"tensorboard/trial-{record.trial:05d}: is damaged"
             if wrong is None and known is not None and known.get(record.trial) != record:
                 wrong = f"trial {record.trial}: the table of trials did not have it as the study has it"
             if wrong is not None:

@@ -16,7 +16,7 @@ from rlsearch.errors import OutOfMemoryError, SearchError
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.database import DatabaseAwayError
 from rlsearch.search.hang import stacks_of_hung
-from rlsearch.search.outcome import CONSTRAINT, Outcome, unmeasured
+from rlsearch.search.outcome import CONSTRAINT, STORAGE, Outcome, unmeasured
 from rlsearch.search.progress import SearchProgress
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.sampler import PolicySampler
@@ -138,7 +138,12 @@ class StudySearcher(Searcher):
 
     @_stops
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The end of a trial, good or bad."""
+        """The end of a trial, good or bad.
+
+        Raises:
+            SearchError: its worker could not write: the trial stays among those that a resume takes up again.
+        """
+        self._check_storage(result)
         planned = self._running.pop(trial_id)
         self._rules.trial_ended(planned.number)
         outcome = self._outcome(trial_id, planned.number, result, error)
@@ -235,6 +240,13 @@ class StudySearcher(Searcher):
             values = ", ".join(f"{name} is {outcome.final.get(name)}" for name in missing)
             return Outcome("FAIL", outcome.epochs, f"no_result: every objective must be a finite number, but {values}")
         return outcome
+
+    def _check_storage(self, result: Mapping[str, Any] | None) -> None:
+        """Ends the search where a worker could not write to the run's folder: no further one could."""
+        outcome = (result or {}).get("outcome")
+        if outcome is not None and (outcome.reason or "").startswith(f"{STORAGE}: "):
+            told = f"{outcome.reason.removeprefix(f'{STORAGE}: ')}; nothing that ended is lost"
+            raise SearchError(f"{told}: mend it, then go on by `rlsearch resume {self._folder.path}`")
 
     def _waits_for_baseline(self) -> bool:
         return any(c.relative for c in self._space.constraints) and any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections import Counter
@@ -21,8 +22,8 @@ from rlsearch.errors import SearchError
 from rlsearch.results.tables import TrialRecord
 from rlsearch.search.cluster import Slots
 from rlsearch.search.cluster_access import nothing_handed_on
-from rlsearch.search.database import DatabaseAwayError
 from rlsearch.search.distributed_trial import DistributedTrainable, SharedImages, resources_of
+from rlsearch.search.failures import explained
 from rlsearch.search.interrupts import StopRequest, stop_requests
 from rlsearch.search.prepare import Prepared
 from rlsearch.search.progress import SearchProgress
@@ -110,10 +111,12 @@ class SearchSession:
             try:
                 cause = self._fit(searcher, watch, scratch)
             finally:
-                searcher.release()
+                # Where the study cannot be written, its open trials are settled by the next resume.
+                with contextlib.suppress(OptunaError):
+                    searcher.release()
         if cause is not None:
-            go_on = f"rlsearch resume {self._folder.path}{naming_option(self._space.model.name)}"
-            raise _explained(cause, self._folder, go_on) from cause
+            option = naming_option(self._space.model.name)
+            raise explained(cause, self._folder, option) from cause
         records = tuple(searcher.records[number] for number in sorted(searcher.records))
         if records and all(map(has_failed, records)) and request.signal_number is None:
             raise SearchError(_all_failed(records))
@@ -209,20 +212,6 @@ class _Watch(tune.Callback):
         """What Ray says about the loss of a trial's worker."""
         file = next((trial.error_file for trial in self._trials if trial.trial_id == trial_id), None)
         return Path(file).read_text(encoding="utf-8") if file else ""
-
-
-def _explained(cause: Exception, folder: RunFolder, command: str) -> Exception:
-    """A full disk, a lost cluster and the like as the search's own failure: what is lost, and what to do."""
-    go_on = f"nothing that ended is lost: mend it, then go on by `{command}`"
-    if isinstance(cause, OSError):
-        return SearchError(f"{cause.filename or folder.path}: cannot be written ({cause.strerror or cause}); {go_on}")
-    if isinstance(cause, DatabaseAwayError):
-        return SearchError(f"the study's database does not answer ({cause}), and was asked for a minute; {go_on}")
-    if isinstance(cause, OptunaError):
-        return SearchError(f"{folder.study_path}: cannot be written ({cause}); {go_on}")
-    if isinstance(cause, TuneError | RayError):
-        return SearchError(f"Ray has failed ({cause}); {go_on}")
-    return cause
 
 
 def _all_failed(records: Sequence[TrialRecord]) -> str:

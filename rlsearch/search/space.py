@@ -10,7 +10,8 @@ from typing import Any
 from rlsearch.config import from_mapping, join, typed, unknown_keys
 from rlsearch.errors import ConfigError, Problem, suggestion
 from rlsearch.policy import LearnDrop, ModelSpec
-from rlsearch.results.tables import DIRECTIONS, METRICS
+from rlsearch.results.space_file import DIRECTIONS
+from rlsearch.results.tables import METRICS
 from rlsearch.search.constraints import Constraint, check_objectives, parse_constraints
 from rlsearch.search.ranges import Distribution, parse_settings, to_plain
 from rlsearch.search.settings import (

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rlsearch.errors import OutOfMemoryError, RunFolderError, TrialError, UserError
+from rlsearch.files import is_storage_failure
 from rlsearch.search.cluster import memory_fraction
 from rlsearch.search.hang import ends_when_hung
-from rlsearch.search.outcome import Outcome
+from rlsearch.search.outcome import STORAGE, Outcome
 from rlsearch.search.settings import EPOCH_TIMEOUT
 
 if TYPE_CHECKING:  # torch is loaded by the process that trains, once
@@ -208,8 +209,11 @@ class TrainingProcess:
     def _failure(self, error: Exception) -> dict[str, Any]:
         detail = "".join(traceback.format_exception(error)).splitlines()[-_DETAIL_LINES:]
         state = "INFEASIBLE" if isinstance(error, OutOfMemoryError) else "FAIL"
+        reason = _reason(error)
+        if isinstance(error, OSError) and is_storage_failure(error):
+            reason = f"{STORAGE}: {error.filename or self._job.checkpoints}: cannot be written ({error.strerror})"
         self._release()
-        return self._result(state, done=True, reason=_reason(error), detail="\n".join(detail))
+        return self._result(state, done=True, reason=reason, detail="\n".join(detail))
 
     def _free_memory(self) -> None:
         """Gives the failed training's memory back before the next one starts."""

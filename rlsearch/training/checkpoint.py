@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -13,9 +15,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from rlsearch.errors import ModelError, UserError
 from rlsearch.files import replacing
@@ -25,15 +27,27 @@ _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, OverflowError, MemoryError, KeyError),
     *(struct.error, zlib.error, UnpicklingError, zipfile.BadZipFile),
 )
+# Of the tensors, in the header of a file of weights.
+_DIGEST = "rlsearch.sha256"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Writes a state of tensors and plain types, to be read by `load_checkpoint`.
 
     The one that was there stays beside it, as ``NAME.previous.pt``: a file that a disk has damaged costs one step back.
+
+    Raises:
+        OSError: the folder is missing, full or not writable; what could be read before still can be.
     """
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:
+            # torch only says that its counts do not agree; behind that stands what the write itself said.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, previous_of(path))
 
@@ -92,10 +106,39 @@ def load_newest(path: Path) -> dict[str, Any] | None:
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Writes the model's state, on the CPU and contiguous, as safetensors."""
+    """Writes the model's state, on the CPU and contiguous, as safetensors with a checksum of the tensors.
+
+    Raises:
+        OSError: the folder is missing, full or not writable; the old file is then as it was.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary, metadata={_DIGEST: _digest(tensors)})
+        except SafetensorError as error:
+            # It keeps the system's number in its text alone.
+            if (number := re.search(r"os error (\d+)", str(error))) is not None:
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights, on the CPU; those that `save_weights` wrote are looked at, to the bit.
+
+    Raises:
+        ModelError: the file is missing, damaged, or no safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            digest = (file.metadata() or {}).get(_DIGEST)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there are no weights here") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors ({error})") from None
+    if digest is not None and digest != _digest(tensors):
+        raise ModelError(f"{path}: is damaged (its weights are not those that were written); restore it from a copy")
+    return tensors
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -104,13 +147,17 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         ModelError: the file is missing or damaged, or is of another model.
     """
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: there are no weights here") from None
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read as safetensors ({error})") from None
+    tensors = read_weights(path)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ModelError(f"{path}: these weights are of another model: {error}") from None
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -54,6 +54,7 @@ DAMAGES = {
     "epochs/trial-00002.parquet": "is damaged",
     "space.yaml": "space.yaml: ",
     "checkpoints/trial-00001/model.safetensors": "cannot be exported",
+    "tensorboard/trial-00003/events.out.tfevents.rlsearch": "tensorboard/trial-00003: is damaged",
 }
 
 
@@ -85,11 +86,21 @@ def test_what_was_deleted_is_written_anew(run: Path, name: str) -> None:
     assert repair_run(run).mended == ()
 
 
+def test_an_altered_search_space_is_noticed_and_mended(run: Path) -> None:
+    whole(run)
+    before, file = read_run(run), run / "space.yaml"
+    file.write_text(file.read_text().replace("params: minimize", "params: maximize"))
+    with pytest.raises(RunFolderError, match=r"space\.yaml: was changed since .* `rlsearch repair"):
+        read_run(run)
+    assert repair_run(run).mended == ("space.yaml: was not what the study was made for",)
+    assert read_run(run) == before
+
+
 def test_flipped_bits_never_make_a_wrong_table(run: Path) -> None:
     whole(run)
     before, table = read_run(run).records, run / "trials.parquet"
     content, rng = table.read_bytes(), random.Random(0)
-    for place in rng.sample(range(len(content)), 20):
+    for place in rng.sample(range(len(content)), 8):
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randrange(8)
         table.write_bytes(flipped)

@@ -1,4 +1,4 @@
-"""The parts of a search in a folder, driven as Tune drives them; no cluster, and no training."""
+"""The searcher, the study and the tables of a search, driven as Tune drives them, with made-up metrics."""
 
 from __future__ import annotations
 
