@@ -79,8 +79,7 @@ def killed_at_every_write(
 ) -> Iterator[Path]:
     """Copies of a folder, each as the process leaves it that is killed before its first, its second, ... write."""
     for nth in itertools.count(1):
-        folder = work / str(nth) / "run"
-        folder.parent.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix=f"{nth}-", dir=work)) / "run"
         if base is not None:
             shutil.copytree(base, folder)
         exit_code = forks.start(function, str(folder), *arguments, nth).wait(PATIENCE_SECONDS)
@@ -123,12 +122,10 @@ def test_killed_at_every_write_of_a_resume_that_settles_what_a_kill_has_left(
     machine: Machine, waiting: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     base, outcome = waiting
-    *_, torn = (
-        Path(shutil.copytree(folder, tmp_path / f"torn {folder.parent.name}"))
-        for folder in killed_at_every_write(machine.forks, base, tmp_path, "drivers:die_in_the_end_of_a_trial", outcome)
-        if len(read_ended(folder)) == 1
-    )
-    assert "outcome" in read_study(torn)[1].user_attrs  # told, and not closed
+    ends = killed_at_every_write(machine.forks, base, tmp_path, "drivers:die_in_the_end_of_a_trial", outcome)
+    told = next(folder for folder in ends if "outcome" in read_study(folder)[1].user_attrs)
+    torn = Path(shutil.copytree(told, tmp_path / "torn"))
+    assert read_study(torn)[1].state.name == "RUNNING"  # and never closed
     before = read_ended(torn)
     for folder in killed_at_every_write(machine.forks, torn, tmp_path, "drivers:die_in_a_resume"):
         ended = read_ended(folder)

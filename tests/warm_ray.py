@@ -11,6 +11,7 @@ must therefore import the standard library alone, and quickly.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -28,6 +29,7 @@ from typing import Any
 
 _ADDRESS = "RLSEARCH_TESTS_FORKS"
 _PATIENCE_SECONDS = 120.0
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>: this process ends when the one that started it does
 
 
 class Forked:
@@ -117,10 +119,11 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
     from ray._private.parameter import RayParams
 
     from rlsearch.search.cluster import _ENVIRONMENT
-    from rlsearch.search.watchdog import clean_up
+    from rlsearch.search.watchdog import start_watchdog
 
     with tempfile.TemporaryDirectory(prefix="rl-warm-", dir="/tmp", ignore_cleanup_errors=True) as name:
-        path = f"{name}/forks"
+        path, folder = f"{name}/forks", Path(name) / "ray"
+        folder.mkdir()
         environment = os.environ | _ENVIRONMENT
         environment |= {
             _ADDRESS: path,
@@ -129,7 +132,8 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
         }
         command = [sys.executable, __file__, "--serve", path, json.dumps([list(modules), warm_up, arguments])]
         with subprocess.Popen(command, env=environment) as server, _environment(environment):
-            node = None
+            node, watchdog = None, start_watchdog(folder)  # it ends Ray where these tests are killed
+            assert watchdog.stdin is not None  # it was started with a pipe
             try:
                 _await(path, server)
                 node = Node(
@@ -138,7 +142,7 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
                         num_gpus=0,
                         include_dashboard=False,
                         object_store_memory=150 * 2**20,
-                        temp_dir=f"{name}/ray",
+                        temp_dir=str(folder),
                         setup_worker_path=__file__,
                     ),
                     head=True,
@@ -150,7 +154,8 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
                 if node is not None:
                     node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
                 server.kill()
-                clean_up(Path(name) / "ray", os.getpid())
+                watchdog.stdin.close()
+                watchdog.wait()
 
 
 @contextlib.contextmanager
@@ -175,6 +180,7 @@ def _await(path: str, server: subprocess.Popen[bytes]) -> None:
 
 def _serve(path: str, modules: Sequence[str], warm_up: str, arguments: Sequence[Any]) -> None:
     """Forks a process for everyone who connects, and tells its process id and, later, its end."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ray reads these once, when it is imported: a worker for whatever job, which ends when this process does.
     os.environ |= {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
     for module in [*modules, *_imported_by(warm_up, arguments)]:
