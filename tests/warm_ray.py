@@ -124,9 +124,13 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
     with tempfile.TemporaryDirectory(prefix="rl-warm-", dir="/tmp", ignore_cleanup_errors=True) as name:
         path, folder = f"{name}/forks", Path(name) / "ray"
         folder.mkdir()
+        token = Path(name) / "token"  # in a folder that only this user can read
+        token.write_text(os.urandom(32).hex())
         environment = os.environ | _ENVIRONMENT
         environment |= {
             _ADDRESS: path,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "JE_ARROW_MALLOC_CONF": "background_thread:false",  # Arrow would start a thread
         }
@@ -160,14 +164,22 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """The environment variables of Ray's servers, taken back afterwards."""
+    """The environment of Ray's servers, taken back afterwards; the Ray of this process looks at it both times."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    def refresh() -> None:
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
     before = dict(os.environ)
     os.environ.update(values)
+    refresh()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+        refresh()
 
 
 def _await(path: str, server: subprocess.Popen[bytes]) -> None:
