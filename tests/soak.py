@@ -46,7 +46,7 @@ MORE_TRIALS = 10
 # In a row of kills a driver's life goes from its start to the end of so many trials.
 TRIALS_A_LIFE = 3
 PATIENCE_SECONDS = 60.0
-MEAN_PAUSE_SECONDS = 10.0
+MEAN_PAUSE_SECONDS = 20.0
 # How a driver ends that a signal met: killed, stopped, or met before it could handle any.
 _SIGNALLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, 130, 143}
 
