@@ -214,12 +214,15 @@ def _provenance(
     run: Run, record: TrialRecord, spec: DataSpec, training: TrainingSpec, data: ImageData
 ) -> dict[str, Any]:
     """Where an exported policy comes from, with all that a later training of it needs."""
-    versions = run.folder / "versions.json"
+    try:
+        versions = json.loads((run.folder / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        versions = {}  # it is there for people; an export does not end because of it
     return {
         "run": run.folder.resolve().name,
         "trial": record.trial,
         "objectives": {name: record.metric(name) for name in run.objectives},
-        "versions": json.loads(versions.read_text(encoding="utf-8")) if versions.exists() else {},
+        "versions": versions,
         "seed": record.seed,
         "data": asdict(spec),
         "training": asdict(training),
