@@ -20,7 +20,7 @@ import pytest
 from books import check_books, compare, left_behind, read_ended, read_study
 from one_process_search import CONTENT, end_next_trial, search_in_one_process
 from rich.console import Console
-from warm_ray import Forks, warm_ray
+from warm_ray import Forked, Forks, warm_ray
 
 from rlsearch.errors import RunFolderError
 from rlsearch.results.tables import read_trials
@@ -182,21 +182,27 @@ def test_thirty_kills_in_a_row_lose_nothing_and_count_nothing_twice(
     with capsys.disabled():
         print(f"\nkills: seed {seed} (RLSEARCH_TESTS_SEED draws the same moments again)", flush=True)
     rng, folder, output = random.Random(seed), tmp_path / "run", tmp_path / "output"
-    lives, ended, kills, target = [4.0], read_ended(folder), [], TRIALS_A_LIFE
+
+    def drive(run: Path, trials: int) -> Forked:
+        return machine.forks.start("drivers:drive", str(run), machine.address, trials, output=output)
+
+    started = time.monotonic()
+    assert drive(tmp_path / "not killed", TRIALS_A_LIFE).wait() == 0, output.read_text()
+    lives, ended, kills, target = [time.monotonic() - started], read_ended(folder), [], TRIALS_A_LIFE
     while len(kills) < KILLS:
         target = max(target, len(ended) + TRIALS_A_LIFE)
-        started, moment = time.monotonic(), rng.uniform(0, 1.1 * median(lives))
-        driver = machine.forks.start("drivers:drive", str(folder), machine.address, target, output=output)
-        if driver.wait(moment) is None:
+        started, driver = time.monotonic(), drive(folder, target)
+        if driver.wait(rng.uniform(0, 1.1 * median(lives))) is None:
             driver.kill()
             assert driver.wait() == -9
-            kills.append(moment)
+            kills.append(len(ended))
         else:  # it had ended before
             assert driver.wait() == 0, output.read_text()
             lives.append(time.monotonic() - started)
         before, ended = ended, read_ended(folder)
         assert compare(before, ended) == []
-    assert machine.forks.start("drivers:drive", str(folder), machine.address, target, output=output).wait() == 0
+    assert len(set(kills)) > 2  # they met all parts of a life
+    assert drive(folder, target).wait() == 0, output.read_text()
     assert compare(ended, read_ended(folder)) == []
     assert check_books(folder, target) == []
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -204,5 +210,5 @@ def test_thirty_kills_in_a_row_lose_nothing_and_count_nothing_twice(
         time.sleep(0.1)
     assert left == []
     with capsys.disabled():
-        told = f"{len(kills)} kills, {len(lives) - 1} lives to their end, {target} trials"
+        told = f"{len(kills)} kills, {len(lives) - 1} drivers that ended before theirs, {target} trials"
         print(f"kills: {told}, a life takes {median(lives):.1f} s", flush=True)

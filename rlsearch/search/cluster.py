@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,9 +238,21 @@ def _start(address: str, folder: Path, shared_bytes: int) -> None:
             "object_store_memory": _OBJECT_STORE_BYTES + 2 * shared_bytes,
         }
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        with _own_signals():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, AuthenticationError) as error:
         raise SearchError(f"Ray could not be started at {address!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Takes back what the block does to SIGTERM: Ray would end this process with 15, which no shell knows as 143."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 Ray's servers and workers follow a killed driver within seconds, but its two agents were seen to stay for good, and its
 temporary folder always stays. This process waits for the end of its standard input, which comes when the driver closes
 it or dies in whatever way; then it ends every process that has a file of the cluster's folder open, as all of Ray's
-have their logs, and removes the folder. (A mark in the environment does not last: a process that names itself in the
-process list, as Ray's do, writes over it.)
+have their logs, or names one in its command, as those do that are only starting and would make the folder anew, and
+removes the folder. (A mark in the environment does not last: a process that names itself in the process list, as Ray's
+workers do, writes over it, and over its command.)
 
 It imports the standard library alone, so that it starts in no time. Where there is no ``/proc`` it only removes the
 folder.
@@ -21,7 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 60.0
+_PAUSE_SECONDS = 0.02
 
 
 def start_watchdog(folder: Path) -> subprocess.Popen[bytes]:
@@ -40,27 +42,32 @@ def start_watchdog(folder: Path) -> subprocess.Popen[bytes]:
 
 def clean_up(folder: Path, driver: int) -> None:
     """Ends the processes of the cluster in ``folder``, all but the driver, and removes it."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while folder.exists() and time.monotonic() < deadline:
+    deadline, is_gone = time.monotonic() + _PATIENCE_SECONDS, False
+    while time.monotonic() < deadline:
         members = _members(folder) - {driver, os.getpid()}
         for process in members:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
         if not members:
+            if is_gone:  # and nobody has made it anew meanwhile
+                return
             shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.02)
+        is_gone = not members and not folder.exists()
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _members(folder: Path) -> set[int]:
-    """The processes that have a file in ``folder`` open."""
+    """The processes that have a file in ``folder`` open, or name one in their command."""
     # A process may end while it is looked at, and another user's cannot be looked into.
     found = set()
-    for files in Path("/proc").glob("[0-9]*/fd"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            for file in files.iterdir():
+            if f"{folder}/".encode() in (process / "cmdline").read_bytes():
+                found.add(int(process.name))
+            for file in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
                     if os.readlink(file).startswith(f"{folder}/"):
-                        found.add(int(files.parent.name))
+                        found.add(int(process.name))
     return found
 
 

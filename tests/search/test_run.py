@@ -295,6 +295,12 @@ def test_a_search_whose_trials_keep_failing_stops_and_says_why(tmp_path: Path) -
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
+def test_sigterm_means_what_it_did_before_ray_was_started() -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
 def test_when_all_trials_fail_the_search_says_so(tmp_path: Path) -> None:
     diverging = space(training={"epochs": 2, "batch_size": 32, "lr": 1e30}, search={"trials": 4, "max_concurrent": 1})
     with pytest.raises(SearchError, match=r"all 4 trials failed; the reason of [1-4] of them: diverged: "):

@@ -1,0 +1,42 @@
+"""The watchdog ends what belongs to a cluster and removes its folder, whatever stage its processes are in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlsearch.search.watchdog import clean_up
+
+LATE = "import os, sys, time; time.sleep(1); os.makedirs(sys.argv[1], exist_ok=True); time.sleep(60)"
+LOGGING = "import sys, time; file = open(sys.argv[1] + sys.argv[2], 'w'); print('open', flush=True); time.sleep(60)"
+STRANGER = "import sys, time; time.sleep(60)"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
+def test_processes_of_all_stages_are_ended_and_the_folder_stays_away(tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    arguments = [
+        [LOGGING, str(folder), "/log"],  # it has a file open
+        [LATE, str(folder / "session" / "logs")],  # it is about to make the folder anew
+        [STRANGER, str(tmp_path)],
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", *line], stdout=subprocess.PIPE, text=True) for line in arguments
+    ]
+    assert processes[0].stdout is not None
+    processes[0].stdout.readline()
+    try:
+        clean_up(folder, os.getpid())
+        time.sleep(1.5)
+        assert not folder.exists()
+        assert [process.poll() for process in processes] == [-9, -9, None]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
