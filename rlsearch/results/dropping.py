@@ -120,7 +120,7 @@ def _cells(axes: Axes, found: Departures, inches: float) -> None:
         linewidth=1.2 if gap else 0,
     )
     rows = shown_rows(count, int(inches / _LABEL_INCHES))
-    axes.set_yticks(rows, labels=[_short(found.layers[row]) for row in rows], parse_math=False)
+    axes.set_yticks(rows, labels=[shortened(found.layers[row]) for row in rows], parse_math=False)
     axes.set_ylim(count - 0.5, -0.5)
     _plain(axes)
 
@@ -163,7 +163,7 @@ def _plain(axes: Axes) -> None:
         side.set_visible(False)
 
 
-def _short(name: str) -> str:
+def shortened(name: str) -> str:
     """Of a long name the end, which tells it from the others."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[-_LONGEST_NAME + 1 :]}"
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
+from rlsearch.results.dropping import shortened
 from rlsearch.results.figures import GRID, INK, MUTED, PLAIN_TEXT, run_title
 from rlsearch.results.tables import Run
 from rlsearch.results.unit_effects import UnitEffect, trained_in_full, unit_effects
@@ -97,9 +98,11 @@ def _rows(axes: Axes, effects: Sequence[UnitEffect], row_inches: float) -> None:
     shared, labels = unit_labels(effects)
     step = math.ceil(_LETTER_INCHES / row_inches)
     rows = range(0, len(effects), step)
-    axes.set_yticks(list(rows), [labels[row] for row in rows], fontsize=8.5 if row_inches > 0.2 else 7, color=INK)
+    axes.set_yticks(
+        list(rows), [shortened(labels[row]) for row in rows], fontsize=8.5 if row_inches > 0.2 else 7, color=INK
+    )
     if shared:
-        axes.set_ylabel(f"in {shared}", color=MUTED, fontsize=8.5)
+        axes.set_ylabel(f"in {shortened(shared)}", color=MUTED, fontsize=8.5)
     for panel in axes.figure.axes:
         for row in unit_stages(labels):
             panel.axhline(row - 0.5, color="#aab4bf", linewidth=0.7, zorder=1)
