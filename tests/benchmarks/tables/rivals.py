@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 from replay import Replayed, Table, replay
 
@@ -26,6 +27,8 @@ from rlsearch.search.start_design import SAMPLER
 from rlsearch.search.variations import same_settings
 
 KEEP = "keep"
+# How often a sampler of Optuna is asked again for something new.
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Stock:
         self._asked: list[optuna.Trial] = []
         self._told = 0
         self._flat = flat
+        self._random = RandomSampler(seed=policies.space.search.seed)
 
     def propose(self, study: optuna.Study) -> Proposal:
         """What `rlsearch.search.sampler.PolicySampler` does."""
@@ -70,13 +74,18 @@ class Stock:
         if not trials:
             return Proposal(Policy(self._policies.space.model), self._policies.space.training, "baseline")
         seen = {params_key(trial.params) for trial in trials}
-        while True:
+        usual = self._own.sampler
+        for attempt in itertools.count():
+            # A sampler that has no random part would ask for the same thing for ever.
+            self._own.sampler = usual if attempt < _ATTEMPTS else self._random
             asked = self._own.ask()
             decided = self._policies.decide(self._flattened(asked) if self._flat else asked._suggest)
+            self._own.sampler = usual
             if decided.key not in seen:
                 self._asked.append(asked)
                 return Proposal(decided.policy, decided.training, SAMPLER, decided.params, decided.distributions)
             self._own.tell(asked, state=TrialState.FAIL)
+        raise AssertionError("unreachable")
 
     def _flattened(self, asked: optuna.Trial) -> Callable[[str, Any], Any]:
         chosen = {
