@@ -239,7 +239,7 @@ def _versions(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{file}: is damaged ({error}); delete it, or restore it from a copy") from None
 
 

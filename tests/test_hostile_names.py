@@ -21,7 +21,7 @@ from rlsearch.errors import RlsearchError, RunFolderError
 from rlsearch.export import export_trial
 from rlsearch.files import check_inside
 from rlsearch.policy import ModelSpec, Policy, Replacement
-from rlsearch.results import read_run, select, summary
+from rlsearch.results import read_run, summary
 from rlsearch.results.report import write_report
 from rlsearch.results.tensorboard import write_trial
 from rlsearch.run_lock import run_lock
@@ -163,20 +163,23 @@ def test_an_ordinary_journal_is_undone(run: Path) -> None:
     assert repair_run(run).trials == 4
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_hostile_units_and_models_are_words(tmp_path: Path, name: str) -> None:
-    policy = Policy(replacements=(Replacement(name, "skip"), Replacement("layer1.1", name)))
-    assert Policy.from_dict(policy.to_dict()) == policy
-    space = SPACE | {"model": {"name": name}, "data": {"name": name}}
-    run = write_run(tmp_path / "run", [record(0), record(1, policy, params=5, device=name)], space)
+def test_hostile_units_and_models_are_words(tmp_path: Path) -> None:
+    policies = [Policy(replacements=(Replacement(name, "skip"), Replacement("layer1.1", name))) for name in NAMES]
+    assert [Policy.from_dict(policy.to_dict()).hash for policy in policies] == [policy.hash for policy in policies]
+    records = [record(trial, policy, params=9 - trial, device=NAMES[0]) for trial, policy in enumerate(policies, 1)]
+    space = SPACE | {"model": {"name": NAMES[0]}, "data": {"name": NAMES[1]}}
+    run = write_run(tmp_path / "run", [record(0), *records], space)
     before = {str(path) for path in tmp_path.rglob("*")}
     for path in write_report(read_run(run)).values():
         assert path.parent == run
-    write_trial(run / "tensorboard", read_run(run).records[1], [])
-    json.dumps(summary(read_run(run)))
-    for attempt in (lambda: export_trial(read_run(run), 1, tmp_path / "out"), lambda: build_model(name)):
+    for item in read_run(run).records:
+        write_trial(run / "tensorboard", item, [])
         with pytest.raises(RlsearchError):
-            attempt()
+            export_trial(read_run(run), item.trial, tmp_path / "out")
+    json.dumps(summary(read_run(run)))
+    for name in NAMES:
+        with pytest.raises(RlsearchError):
+            build_model(name)
     new = {str(path) for path in tmp_path.rglob("*")} - before
     assert all(path.startswith(f"{run}/") for path in new)
 
@@ -199,11 +202,15 @@ def test_hostile_tensors_are_of_another_model(tmp_path: Path, name: str) -> None
         load_weights(tmp_path / "model.safetensors", torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize("number", [-1, -(10**9), 10**17, 2**63 - 1])
-def test_hostile_numbers_of_trials_stay_in_the_folder(tmp_path: Path, number: int) -> None:
-    run = write_run(tmp_path / "run", [record(0), record(number, params=5)])
-    assert select(read_run(run)).trial in (0, number)
+@pytest.mark.parametrize("number", [-1, -(10**9), 10**9, 2**63 - 1])
+def test_what_is_no_number_of_a_trial_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match="trial must be at least 0"):
+        record(number)
+
+
+def test_the_greatest_number_of_a_trial_stays_in_the_folder(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [record(0), record(10**9 - 1, params=5)])
     write_report(read_run(run))
     with pytest.raises(RlsearchError):
-        export_trial(read_run(run), number, tmp_path / "out")
+        export_trial(read_run(run), 10**9 - 1, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}

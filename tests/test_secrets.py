@@ -72,7 +72,7 @@ AFTERWARDS = """
 import sys
 from rlsearch.cli import main
 run = sys.argv[1]
-for words in (["pareto", run, "--json"], ["report", run], ["repair", run], ["doctor"], ["doctor", "--json"],
+for words in (["pareto", run, "--json"], ["report", run], ["repair", run], ["doctor"],
               ["export", run, "--model", "own_models:make", "--out", run + "-out"]):
     sys.argv = ["rlsearch", *words]
     try:
@@ -133,12 +133,13 @@ def watch(session: int, seen: Seen, temporary: Path, kept: Path, stop: threading
                 seen.hosts.add(host)
                 if not seen.tokens and b"gcs_server" in _title(owners[inode]):
                     seen.tokens.add(wants_token(f"127.0.0.1:{port}"))
-        for path in temporary.rglob("*"):
-            name = str(path.relative_to(temporary)).replace("/", "_")
-            if name not in names and path.is_file() and not path.is_symlink():
-                names.add(name)
-                with suppress(OSError):
-                    os.link(path, kept / name)
+        for folder, _, files in os.walk(temporary):  # Ray removes folders meanwhile, which this does not mind
+            for path in map(Path(folder).joinpath, files):
+                name = str(path.relative_to(temporary)).replace("/", "_")
+                if name not in names and path.is_file() and not path.is_symlink():
+                    names.add(name)
+                    with suppress(OSError):
+                        os.link(path, kept / name)
 
 
 def _session_of(pid: int) -> int | None:

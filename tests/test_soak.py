@@ -87,7 +87,7 @@ def test_a_full_disk_is_full_and_gets_room_again(tmp_path: Path) -> None:
 
 def test_a_locked_database_is_locked_and_then_free(tmp_path: Path) -> None:
     assert not locked_database(Patient(), tmp_path, random.Random(0))
-    search_in_one_process(tmp_path / "run", 1)
+    search_in_one_process(tmp_path / "run", 2)
     refused = []
 
     def write() -> None:
@@ -105,4 +105,4 @@ def test_a_locked_database_is_locked_and_then_free(tmp_path: Path) -> None:
     assert locked_database(Patient(), tmp_path / "run", random.Random(0))
     writer.join()
     assert refused == ["database is locked"]
-    assert len(read_study(tmp_path / "run")) == planned_trials(tmp_path / "run") == 1
+    assert len(read_study(tmp_path / "run")) == planned_trials(tmp_path / "run") == 2

@@ -67,7 +67,7 @@ def test_a_search_space(tmp_path: Path, bomb: str) -> None:
     "bomb", ["a billion laughs", "deep lists", "huge", "a tag of Python's", "one key again and again"]
 )
 def test_the_space_of_a_run(tmp_path: Path, bomb: str) -> None:
-    run, started = write_run(tmp_path / "run", made_up_records(3)), time.monotonic()
+    run, started = write_run(tmp_path / "run", made_up_records()), time.monotonic()
     (run / "space.yaml").write_text(BOMBS[bomb][0])
     with pytest.raises(RunFolderError, match=r"space\.yaml: cannot be read"):
         read_run(run)

@@ -33,6 +33,8 @@ from rlsearch.results.table_file import METRICS as METRICS
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "INFEASIBLE")
 ORIGINS = ("baseline", "baseline repeat", "skip control", "freeze control", "sensitivity", "sampler")
+# Far above any search, and what pictures can still count.
+_MOST_TRIALS = 10**9
 _REMEDY = "`rlsearch resume` on the run writes it anew from the study"
 _SPACE_MARK = "rlsearch.space.sha256"
 
@@ -119,7 +121,9 @@ class TrialRecord:
     ended: datetime | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a state or an origin that is none, and for a time without a zone."""
+        """Raises ValueError for a number, a state or an origin that is none, and for a time without a zone."""
+        if not 0 <= self.trial < _MOST_TRIALS:
+            raise ValueError(f"trial must be at least 0 and below {_MOST_TRIALS}; got {self.trial}")
         for name, known in (("state", STATES), ("origin", ORIGINS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")

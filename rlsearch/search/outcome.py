@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from rlsearch.results.table_file import METRICS
 
 OUTCOME = "outcome"
 """A trial's user attribute in the study that holds its `Outcome`."""
@@ -45,6 +47,10 @@ class Outcome:
         """
         broke_constraint = self.state == "INFEASIBLE" and (self.reason or "").startswith(CONSTRAINT)
         return (self.state == "COMPLETE" or broke_constraint) and not unmeasured(self.final, objectives)
+
+    def cleaned(self) -> Outcome:
+        """The same with None for every metric that is missing, no number, or not finite: tables hold numbers alone."""
+        return replace(self, epochs=tuple({**row, **dict.fromkeys(unmeasured(row, METRICS))} for row in self.epochs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, the epochs by column: a name is written once, not once an epoch."""

@@ -8,7 +8,6 @@ noisy, so that ranks stop many that would have been on the front. A trial is jud
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from rlsearch.results.racing import RACED_OUT, is_poor, rungs
 from rlsearch.search.odds import Finished, Odds
+from rlsearch.search.outcome import unmeasured
 
 CHANCE, CHANCE_WHERE_POOR = 0.05, 0.01
 """A trial is stopped below this chance of improving the front; the second where a rung says little about the end."""
@@ -46,9 +46,14 @@ def losses_at_rung(metrics: Mapping[str, Any], objectives: Iterable[str]) -> tup
         metrics: of a trial after the rung's epoch, as ``EpochMetrics.to_dict()`` gives them.
         objectives: the search's objectives.
     """
-    costs = dict.fromkeys(_AT_A_RUNG[name] for name in objectives if name in _AT_A_RUNG)
+    costs = _costs_at_rung(objectives)
     values = [metrics[name] / metrics["epoch"] if name in _SUMS else metrics[name] for name in costs]
     return (-float(metrics["accuracy"]), *map(float, values))
+
+
+def _costs_at_rung(objectives: Iterable[str]) -> list[str]:
+    """The metrics beside the accuracy that are compared at a rung."""
+    return list(dict.fromkeys(_AT_A_RUNG[name] for name in objectives if name in _AT_A_RUNG))
 
 
 def is_best_in_one(losses: Sequence[float], others: Sequence[Sequence[float]]) -> bool:
@@ -152,14 +157,16 @@ class Racing(FIFOScheduler):
         """
         if state not in ("COMPLETE", "INFEASIBLE") or not epochs or epochs[-1]["epoch"] != self._epochs:
             return
+        compared = ("accuracy", *_costs_at_rung(self._objectives))
+        if unmeasured(epochs[-1], compared):
+            return
         accuracy, *costs = losses_at_rung(epochs[-1], self._objectives)
         drops = _drops(epochs)
         for metrics in epochs:
-            if metrics["epoch"] in self._rungs:
+            if metrics["epoch"] in self._rungs and not unmeasured(metrics, compared):
                 there, *costs_there = losses_at_rung(metrics, self._objectives)
-                if all(map(math.isfinite, (accuracy, there, *costs, *costs_there))):
-                    finished = Finished(-there, -accuracy, tuple(costs_there), tuple(costs), state == "COMPLETE", drops)
-                    self._rungs[metrics["epoch"]].add(finished)
+                finished = Finished(-there, -accuracy, tuple(costs_there), tuple(costs), state == "COMPLETE", drops)
+                self._rungs[metrics["epoch"]].add(finished)
 
     def on_trial_result(self, tune_controller: object, trial: Trial, result: dict[str, Any]) -> str:
         """Tune's question after every epoch: go on, or stop?"""
@@ -178,12 +185,10 @@ class Racing(FIFOScheduler):
         return f"Racing: {len(self.raced_out)} stopped at rungs {list(self._rungs)}"
 
     def _reach(self, key: str, metrics: Mapping[str, Any]) -> None:
-        """Enters a trial at the rung that an epoch is; not where it has diverged: it is about to fail by itself."""
+        """Enters a trial at the rung that an epoch is; not where something is no number: it is about to fail."""
         rung = self._rungs.get(metrics.get("epoch", 0))
-        if rung is not None:
-            losses = losses_at_rung(metrics, self._objectives)
-            if all(map(math.isfinite, losses)):
-                rung.losses[key] = losses
+        if rung is not None and not unmeasured(metrics, ("accuracy", *_costs_at_rung(self._objectives))):
+            rung.losses[key] = losses_at_rung(metrics, self._objectives)
 
     def _why_stopped(self, trial_id: str, epoch: int, drops: bool) -> str | None:
         """Why a trial is stopped after an epoch; None where it goes on."""

@@ -132,9 +132,9 @@ class StudySearcher(Searcher):
     @_stops
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """An epoch that is not the last."""
-        self._last[trial_id] = result["outcome"]
+        self._last[trial_id] = result["outcome"].cleaned()
         self._rules.trial_goes_on()
-        self._progress.epoch_ended(self._running[trial_id], result["outcome"].final)
+        self._progress.epoch_ended(self._running[trial_id], self._last[trial_id].final)
 
     @_stops
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -146,7 +146,7 @@ class StudySearcher(Searcher):
         self._check_storage(result)
         planned = self._running.pop(trial_id)
         self._rules.trial_ended(planned.number)
-        outcome = self._outcome(trial_id, planned.number, result, error)
+        outcome = self._outcome(trial_id, planned.number, result, error).cleaned()
         self._held.append((planned, outcome))
         # What is relative to the baseline can only be judged once that has ended; it started first.
         if self._waits_for_baseline():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
@@ -22,6 +23,7 @@ import yaml
 from rich.console import Console
 
 from rlsearch.errors import ConfigError, DataError, RunFolderError, SearchError, UserError
+from rlsearch.results import front
 from rlsearch.results.tables import read_epochs, read_run
 from rlsearch.search.cluster import Slots, plan_slots, ray_cluster
 from rlsearch.search.run import resume_search, start_search
@@ -29,6 +31,8 @@ from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
+from rlsearch.search.worker import WorkerSettings
+from rlsearch.training.data import ImageData
 from rlsearch.training.trial import Trial
 from rlsearch.training.trial_spec import TrialSpec
 
@@ -67,7 +71,11 @@ def quiet() -> Console:
 
 
 class Clumsy(TrialTrainable):
-    """Loses its process once in trial 1, and always in trial 2: by a real SIGKILL, after an epoch; hangs in trial 3."""
+    """Loses its process by a real SIGKILL, after an epoch: once in trial 1, always in trial 2, and once in trial 4,
+    whose checkpoint is damaged by then; hangs in trial 3."""
+
+    def setup(self, config: dict[str, Any], settings: WorkerSettings, data: ImageData) -> None:
+        super().setup(config, dataclasses.replace(settings, checkpoint_seconds=0.0), data)
 
     def make_trial(self, spec: TrialSpec) -> Trial:
         if self._job.number == 3:
@@ -77,10 +85,36 @@ class Clumsy(TrialTrainable):
     def step(self) -> dict[str, Any]:
         number, epochs = self._job.number, len(self._epochs)
         mark = Path(self._settings.folder) / f"killed in trial {number}"
-        if epochs == 1 and (number == 2 or (number == 1 and not mark.exists())):
+        if epochs == 1 and (number == 2 or (number in (1, 4) and not mark.exists())):
             mark.touch()
+            if number == 4:
+                for file in Path(self._job.checkpoints).glob("last*.pt"):
+                    file.write_bytes(file.read_bytes()[:1000])
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().step()
+        result = super().step()
+        with (Path(self._settings.folder) / "epochs trained").open("a") as file:
+            file.write(f"{number}.{result['epoch']}\n")
+        return result
+
+
+class Odd(TrialTrainable):
+    """Measures what is no result, in every way."""
+
+    VALUES: ClassVar[dict[int, Any]] = {4: math.nan, 5: math.inf, 6: "0.9", 7: True, 8: None}
+
+    def step(self) -> dict[str, Any]:
+        number, result = self._job.number, super().step()
+        if number == 3:
+            return {"done": True}
+        if number in self.VALUES:
+            name = "params" if number == 5 else "accuracy"
+            for row in self._epochs:
+                row[name] = self.VALUES[number]
+                if number == 8:
+                    del row[name]
+            outcome = dataclasses.replace(result["outcome"], epochs=tuple(self._epochs))
+            result = {**result, name: self.VALUES[number], "outcome": outcome}
+        return result
 
 
 class OneProcess(TrialTrainable):
@@ -209,6 +243,12 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
     result = start_search(searched, tmp_path / "run", console=console, trainable=Clumsy)
     assert [record.state for record in result.records] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "COMPLETE"]
     assert result.records[1].fidelity == 2
+    # The second time it went on from its checkpoint; the fourth one could not, and says so.
+    trained = (tmp_path / "run" / "epochs trained").read_text().split()
+    assert [line for line in trained if line.startswith("1.")] == ["1.1", "1.2"]
+    assert [line for line in trained if line.startswith("4.")] == ["4.1", "4.1", "4.2"]
+    assert result.records[1].reason is None
+    assert (result.records[4].reason or "").startswith("started again, its checkpoint could not be used: UserError: ")
     assert result.records[2].reason is not None
     assert result.records[2].reason.startswith("worker_lost: ")
     assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()
@@ -221,6 +261,42 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
 @pytest.mark.usefixtures("cluster")
 def test_sigterm_means_what_it_did_before_ray_was_started() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
+def test_trials_without_a_result_fail_and_the_search_goes_on(tmp_path: Path) -> None:
+    racing = {"trials": 10, "max_concurrent": 2, "baseline_seeds": 1, "min_epochs": 1, "eta": 2}
+    result = start_search(space(search=racing), tmp_path / "run", console=quiet(), trainable=Odd)
+    run = read_run(tmp_path / "run")
+    assert run.records == result.records
+    assert [record.state for record in run.records] == ["COMPLETE"] * 3 + ["FAIL"] * 6 + ["COMPLETE"]
+    no_number = "no_result: every objective must be a finite number, but "
+    assert [record.reason for record in run.records[3:9]] == [
+        "no_result: it reported nothing",
+        *(f"{no_number}{name} is {value}" for name, value in [("accuracy", "nan"), ("params", "inf")]),
+        *(f"{no_number}accuracy is {value}" for value in ("0.9", "True", "None")),
+    ]
+    assert {item.trial for item in front(run)} <= {0, 1, 2, 9}
+    study = RunStudy.open(tmp_path / "run" / "study.db")
+    assert study.records() == list(run.records)
+    assert {trial.state.name for trial in study.study.trials} == {"COMPLETE", "FAIL"}
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
+def test_a_search_whose_trials_keep_failing_stops_and_says_why(tmp_path: Path) -> None:
+    failing = space(
+        training={"epochs": 1, "batch_size": 32, "lr": 1e30},
+        search={"trials": 9, "max_concurrent": 1, "max_failures": 1},
+    )
+    told = r"more than 1 trials have failed \(search\.max_failures\); the last one: diverged: "
+    with pytest.raises(SearchError, match=told):
+        start_search(failing, tmp_path / "run", console=quiet())
+    assert [record.state for record in read_run(tmp_path / "run").records] == ["FAIL"] * 2
+    states = [trial.state.name for trial in RunStudy.open(tmp_path / "run" / "study.db").study.trials]
+    assert states[:2] == ["FAIL"] * 2
+    assert set(states[2:]) <= {"WAITING"}
 
 
 @pytest.mark.cluster
