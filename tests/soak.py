@@ -181,8 +181,9 @@ class Soak:
 
     def _differ(self, lines: list[str]) -> None:
         for line in lines:
-            self._tell(f"DIFFERENCE: {line}")
-        self.differences += lines
+            if line not in self.differences:  # what was left once is found each time
+                self._tell(f"DIFFERENCE: {line}")
+                self.differences.append(line)
 
     def _tell(self, text: str) -> None:
         print(f"{time.monotonic() - self._started:7.1f} s  {text}", file=sys.stderr, flush=True)

@@ -174,6 +174,7 @@ def test_tables_that_are_ahead_of_the_study_follow_it(
     assert check_books(folder, 2) == []
 
 
+@pytest.mark.timeout(900)  # a minute and a half, and many times that where other work has the cores
 def test_thirty_kills_in_a_row_lose_nothing_and_count_nothing_twice(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -259,6 +259,12 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
+def test_sigterm_means_what_it_did_before_ray_was_started() -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
 def test_trials_without_a_result_fail_and_the_search_goes_on(tmp_path: Path) -> None:
     racing = {"trials": 10, "max_concurrent": 2, "baseline_seeds": 1, "min_epochs": 1, "eta": 2}
     result = start_search(space(search=racing), tmp_path / "run", console=quiet(), trainable=Odd)
@@ -291,12 +297,6 @@ def test_a_search_whose_trials_keep_failing_stops_and_says_why(tmp_path: Path) -
     states = [trial.state.name for trial in RunStudy.open(tmp_path / "run" / "study.db").study.trials]
     assert states[:2] == ["FAIL"] * 2
     assert set(states[2:]) <= {"WAITING"}
-
-
-@pytest.mark.cluster
-@pytest.mark.usefixtures("cluster")
-def test_sigterm_means_what_it_did_before_ray_was_started() -> None:
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.cluster
