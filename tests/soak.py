@@ -20,6 +20,7 @@ import json
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -75,7 +76,6 @@ class Soak:
         self._log = work / "log"
         self._started = time.monotonic()
         self._ended = read_ended(self.run)
-        self._lives = [20.0]
 
     def under_faults(self, minutes: float) -> None:
         """Injects faults of all kinds for so long."""
@@ -96,15 +96,15 @@ class Soak:
 
     def in_a_row(self, kills: int) -> None:
         """So many random SIGKILLs of a driver, at moments of its whole life."""
-        kind = "SIGKILL of the driver"
+        kind, lives = "SIGKILL of the driver", [self._measured_life()]
         while self.faults[kind] < kills:
             with self._driver(TRIALS_A_LIFE) as driver:
-                started, life = time.monotonic(), sorted(self._lives)[len(self._lives) // 2]
-                if driver.wait(self._rng.uniform(0, 1.1 * life)) is None:
+                started = time.monotonic()
+                if driver.wait(self._rng.uniform(0, 1.1 * statistics.median(lives))) is None:
                     driver.send(signal.SIGKILL)
                     self.faults[kind] += 1
                 else:
-                    self._lives.append(time.monotonic() - started)
+                    lives.append(time.monotonic() - started)
                 self._check_end(driver.wait(PATIENCE_SECONDS), driver, {0, -signal.SIGKILL})
 
     def to_the_end(self) -> None:
@@ -135,6 +135,17 @@ class Soak:
         for line in self.differences:
             print(f"  {line}")
         return dict(rows)
+
+    def _measured_life(self) -> float:
+        """Seconds that a whole search of its own takes here; nobody kills it."""
+        folder, started = self._space.parent / "not killed", time.monotonic()
+        driver = Driver(["search", str(self._space), "--run-dir", str(folder)], self._temporary, self._log)
+        try:
+            self._check_end(driver.wait(None), driver, {0})
+        finally:
+            driver.end()
+        shutil.rmtree(folder)
+        return time.monotonic() - started
 
     @contextlib.contextmanager
     def _driver(self, trials: int | None = None) -> Iterator[Driver]:
