@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up_run import SPACE, record, write_run
@@ -110,6 +111,7 @@ def test_the_page_has_the_elements_of_a_harmless_one(name: str, word: str) -> No
         assert {"data", "layout"} <= json.loads(data).keys()
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # no font has them all
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(NAMES, WORDS)
 def test_all_files_are_written(name: str, word: str) -> None:
