@@ -25,9 +25,11 @@ from rlsearch.results.tables import epochs_path, read_epochs, read_trials, write
 from rlsearch.results.tensorboard import write_trial
 from rlsearch.search.failures import explained
 from rlsearch.search.prepare import Prepared, prepare
+from rlsearch.search.run import _begin
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.searcher import StopSearch
 from rlsearch.search.space import parse_space
+from rlsearch.search.study import RunStudy
 from rlsearch.search.trainable import TrialTrainable
 from rlsearch.search.worker import Job, WorkerSettings
 from rlsearch.training.checkpoint import save_checkpoint, save_weights
@@ -169,6 +171,23 @@ def stopped_by(act: Callable[[], object]) -> Exception | None:
     except StopSearch as stop:
         return stop.cause
     return None
+
+
+def test_a_search_that_finds_no_room_to_begin_leaves_the_folder_free(tmp_path: Path, prepared: Prepared) -> None:
+    def body() -> int:
+        disk = SmallDisk(tmp_path / "disk", 1000)
+        folder = RunFolder(disk.folder / "run")
+        folder.path.mkdir()
+        count = 0
+        for error in disk.failures(lambda: _begin(prepared.space, folder, []), step=16):
+            assert "nothing was trained yet: mend it, then start again" in str(explained(error, folder))
+            folder.check_free()
+            assert list(folder.path.iterdir()) == []
+            count += 1
+        folder.check_space(RunStudy.open(folder.study_path).space)
+        return count
+
+    assert in_child(body) > 1
 
 
 @pytest.fixture

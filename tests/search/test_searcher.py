@@ -270,6 +270,19 @@ def test_a_file_that_cannot_be_written_ends_the_search_and_loses_nothing(search:
     assert [record.accuracy for record in read_trials(again.folder.trials_path)] == [0.9]
 
 
+def test_a_worker_that_finds_no_room_ends_the_search_and_its_trial_waits(search: Search, prepared: Prepared) -> None:
+    search.start("a")
+    with pytest.raises(StopSearch) as stopped:
+        search.end("a", state="FAIL", reason="storage: last.pt: cannot be written (No space left on device)")
+    assert isinstance(stopped.value.cause, SearchError)
+    assert str(stopped.value).startswith("last.pt: cannot be written (No space left on device); nothing that ended is")
+    assert "rlsearch resume" in str(stopped.value)
+    assert search.searcher.release() == 1
+    assert search.states() == ["WAITING"]
+    again = Search(search.folder.path, prepared)
+    assert again.start("again") == 0
+
+
 def test_a_damaged_study_is_named(search: Search) -> None:
     path = search.folder.study_path
     search.start("a")
