@@ -167,7 +167,7 @@ def test_objectives_that_need_no_training_are_an_error(validate: Callable[..., A
 
 
 def test_a_stopping_rule_that_cannot_act_is_a_warning(validate: Callable[..., Any]) -> None:
-    settings = ("search.min_gain=0.001", "search.gain_window=30")
+    settings = ("search.min_gain=0.001", "search.gain_window=36")
     found = content(validate(str(DIGITS), "--json", *(part for setting in settings for part in ("--set", setting))))
     (warning,) = found["warnings"]
     assert warning.startswith("search.min_gain looks at the front after 40 trials at the earliest")
