@@ -133,6 +133,7 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
             "RAY_AUTH_TOKEN_PATH": str(token),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "JE_ARROW_MALLOC_CONF": "background_thread:false",  # Arrow would start a thread
+            "OMP_NUM_THREADS": "1",  # and NumPy's linear algebra some more
         }
         command = [sys.executable, __file__, "--serve", path, json.dumps([list(modules), warm_up, arguments])]
         with subprocess.Popen(command, env=environment) as server, _environment(environment):

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,8 +63,10 @@ def space(**changes: Any) -> SearchSpace:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all searches of this module; each would start its own otherwise."""
+    usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an earlier test's Ray may have left another
     with ray_cluster():
         yield
+    signal.signal(signal.SIGTERM, usual)
 
 
 def quiet() -> Console:
@@ -247,7 +250,9 @@ def test_a_lost_worker_is_replaced_and_a_users_model_comes_from_where_the_driver
     assert [line for line in trained if line.startswith("1.")] == ["1.1", "1.2"]
     assert [line for line in trained if line.startswith("4.")] == ["4.1", "4.1", "4.2"]
     assert result.records[1].reason is None
-    assert (result.records[4].reason or "").startswith("started again, its checkpoint could not be used: UserError: ")
+    # On a slow machine a checkpoint within the epoch was written too.
+    before = r"(started again, its checkpoint|went on from the checkpoint before the last, which) could not be used"
+    assert re.match(before + ": UserError: ", result.records[4].reason or "")
     assert result.records[2].reason is not None
     assert result.records[2].reason.startswith("worker_lost: ")
     assert "trial 1: its process was lost; it starts once more" in console.file.getvalue()

@@ -360,7 +360,7 @@ def test_a_search_on_digits_prunes_and_a_resumed_one_too(
     with ray_cluster():
         start_search(parse_space(content), tmp_path / "run", console=console)
         before = read_run(tmp_path / "run").records
-        resume_search(tmp_path / "run", trials="+2", console=console)
+        resume_search(tmp_path / "run", trials="+2", model="tiny_net:make", console=console)
     run = read_run(tmp_path / "run")
     for records in (before, run.records[len(before) :]):
         pruned = [record for record in records if record.state == "PRUNED"]
