@@ -7,6 +7,7 @@ stopped learning leave training (Learn&Drop). It knows nothing of torch: what a 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -141,7 +142,7 @@ class Policy:
         """Whether this is plain end-to-end training."""
         return not self.replacements and self.learn_drop is None
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """The first 16 hex digits of the SHA-256 of the canonical form, without the provenance."""
         identity = {key: value for key, value in self.to_dict().items() if key != "provenance"}

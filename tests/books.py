@@ -6,6 +6,7 @@ code than the one that keeps them in step. What is not in order comes back as se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -35,15 +36,14 @@ _STATUS = {
 }
 
 
-def check_books(folder: Path, trials: int, storage: str | None = None) -> list[str]:
+def check_books(folder: Path, trials: int) -> list[str]:
     """What is not in order in the folder of a search that has ended with ``trials`` trials; empty where all is.
 
     Args:
         folder: of the run.
         trials: how many there must be.
-        storage: the study's database as a URL; None for ``study.db``.
     """
-    found = read_study(folder, storage)
+    found = read_study(folder)
     wrong = list(_check_study(found, trials))
     ended = {number: trial for number, trial in found.items() if "outcome" in trial.user_attrs}
     objectives = list(yaml.safe_load((folder / "space.yaml").read_text(encoding="utf-8"))["objectives"])
@@ -55,25 +55,47 @@ def check_books(folder: Path, trials: int, storage: str | None = None) -> list[s
     return wrong
 
 
-def read_study(folder: Path, storage: str | None = None) -> dict[int, FrozenTrial]:
+def read_study(folder: Path) -> dict[int, FrozenTrial]:
     """All trials of a run's study by number; nothing where there is no study yet."""
-    if storage is None and not (folder / "study.db").exists():
+    if not has_study(folder):
         return {}
-    opened = optuna.storages.RDBStorage(storage or f"sqlite:///{folder}/study.db")
-    try:
-        trials: dict[int, FrozenTrial] = {}
-        for study in opened.get_all_studies():
-            for trial in opened.get_all_trials(study._study_id):
+    trials: dict[int, FrozenTrial] = {}
+    with _opened(folder) as (storage, studies):
+        for study in studies:
+            for trial in storage.get_all_trials(study):
                 trials[trial.number if trial.number not in trials else -len(trials)] = trial
-        return trials
-    finally:
-        opened.remove_session()
-        opened.engine.dispose()
+    return trials
 
 
-def read_ended(folder: Path, storage: str | None = None) -> dict[int, FrozenTrial]:
+def read_ended(folder: Path) -> dict[int, FrozenTrial]:
     """The trials of a run that have ended, by number."""
-    return {number: trial for number, trial in read_study(folder, storage).items() if trial.state.is_finished()}
+    return {number: trial for number, trial in read_study(folder).items() if trial.state.is_finished()}
+
+
+def planned_trials(folder: Path) -> int:
+    """How many trials the study of a run plans."""
+    with _opened(folder) as (storage, studies):
+        return int(storage.get_study_user_attrs(studies[0])["trials"])
+
+
+def has_study(folder: Path) -> bool:
+    """Whether a search has begun there."""
+    return (folder / "study.db").exists() or (folder / "study.json").exists()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[optuna.storages.RDBStorage, list[int]]]:
+    """A run's database, and its studies: all that a file holds, or the one of PostgreSQL that the folder names."""
+    named = folder / "study.json"
+    storage = optuna.storages.RDBStorage("postgresql+psycopg://" if named.exists() else f"sqlite:///{folder}/study.db")
+    try:
+        if named.exists():
+            yield storage, [storage.get_study_id_from_name(json.loads(named.read_text())["study"])]
+        else:
+            yield storage, [study._study_id for study in storage.get_all_studies()]
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def compare(before: Mapping[int, FrozenTrial], after: Mapping[int, FrozenTrial]) -> list[str]:

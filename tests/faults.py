@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import resource
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from postgresql import Server
 from real_driver import Driver
 
 LONGEST_SECONDS = 8.0
@@ -95,10 +97,10 @@ def full_disk(driver: Driver, run: Path, rng: random.Random) -> bool:
             return False
         driver.wait(seconds)
         return _resize(run.parent, DISK_BYTES)
-    study = run / "study.db"
-    if not study.exists() or driver.wait(0) is not None:
+    largest = max((path.stat().st_size for path in run.glob("study.*")), default=None)
+    if largest is None or driver.wait(0) is not None:
         return False
-    before = resource.prlimit(driver.pid, resource.RLIMIT_FSIZE, (study.stat().st_size, resource.RLIM_INFINITY))
+    before = resource.prlimit(driver.pid, resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     if driver.wait(seconds) is None:
         resource.prlimit(driver.pid, resource.RLIMIT_FSIZE, before)
     return True
@@ -120,15 +122,33 @@ def locked_database(driver: Driver, run: Path, rng: random.Random) -> bool:
     return True
 
 
-FAULTS: dict[str, Callable[[Driver, Path, random.Random], bool]] = {
-    "SIGKILL of the driver": kill_driver,
-    "SIGTERM of the driver": terminate_driver,
-    "SIGINT of the driver": interrupt_driver,
-    "SIGKILL of a worker": kill_worker,
-    "full disk": full_disk,
-    "locked database": locked_database,
-}
-"""By what they are called in a table."""
+def restarted_database(server: Server, driver: Driver, run: Path, rng: random.Random) -> bool:
+    """The database crashes, and comes back after some seconds."""
+    server.stop()
+    driver.wait(rng.uniform(0, LONGEST_SECONDS))
+    server.start()
+    return True
+
+
+Fault = Callable[[Driver, Path, random.Random], bool]
+
+
+def faults(server: Server | None) -> dict[str, Fault]:
+    """All faults, by what they are called in a table.
+
+    Args:
+        server: that holds the study; None where SQLite does.
+    """
+    kinds: dict[str, Fault] = {
+        "SIGKILL of the driver": kill_driver,
+        "SIGTERM of the driver": terminate_driver,
+        "SIGINT of the driver": interrupt_driver,
+        "SIGKILL of a worker": kill_worker,
+        "full disk": full_disk,
+    }
+    if server is None:
+        return {**kinds, "locked database": locked_database}
+    return {**kinds, "restarted database": functools.partial(restarted_database, server)}
 
 
 def _resize(mounted: Path, size: int) -> bool:

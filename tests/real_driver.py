@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -77,13 +75,3 @@ class Driver:
         """Kills one of `workers`, if it is still there."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-
-
-def planned_trials(run: Path) -> int:
-    """How many trials the study of a run plans."""
-    connection = sqlite3.connect(run / "study.db", timeout=60)
-    try:
-        (text,) = connection.execute("SELECT value_json FROM study_user_attributes WHERE key = 'trials'").fetchone()
-    finally:
-        connection.close()
-    return int(json.loads(text))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -28,9 +29,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from books import check_books, compare, left_behind, read_ended, read_study
-from faults import FAULTS, RoomyDisk, full_disk, kill_driver
-from real_driver import Driver, planned_trials
+from books import check_books, compare, has_study, left_behind, planned_trials, read_ended, read_study
+from faults import RoomyDisk, faults, full_disk, kill_driver
+from postgresql import Server, find_programs, running_server
+from real_driver import Driver
 
 SPACE = """
 model: {name: resnet20}
@@ -59,6 +61,7 @@ class Soak:
         work: a folder of this soak's own; ``disk/run`` in it is the search's.
         temporary: where drivers put their temporary files.
         rng: draws the faults and their moments.
+        server: of PostgreSQL, which the environment names, for the study; None for SQLite.
 
     Attributes:
         faults: how many were injected, by kind.
@@ -66,13 +69,16 @@ class Soak:
         resumed: how often the search was taken up again.
     """
 
-    def __init__(self, work: Path, temporary: Path, rng: random.Random) -> None:
+    def __init__(self, work: Path, temporary: Path, rng: random.Random, server: Server | None = None) -> None:
         self.run = work / "disk" / "run"
         self.faults: Counter[str] = Counter()
         self.differences: list[str] = []
         self.resumed = 0
         self._rng, self._temporary, self._space = rng, temporary, work / "space.yaml"
-        self._space.write_text(SPACE)
+        self._space.write_text(
+            SPACE if server is None else SPACE.replace("search: {", "search: {storage: postgresql, ")
+        )
+        self._kinds = faults(server)
         self._log = work / "log"
         self._started = time.monotonic()
         self._ended = read_ended(self.run)
@@ -84,11 +90,11 @@ class Soak:
             with self._driver() as driver:
                 disk_was_full = False
                 while driver.wait(self._rng.expovariate(1 / MEAN_PAUSE_SECONDS)) is None and time.monotonic() < until:
-                    kind = self._rng.choice(sorted(FAULTS))
+                    kind = self._rng.choice(sorted(self._kinds))
                     self._tell(kind)
-                    if FAULTS[kind](driver, self.run, self._rng):
+                    if self._kinds[kind](driver, self.run, self._rng):
                         self.faults[kind] += 1
-                        disk_was_full |= FAULTS[kind] is full_disk
+                        disk_was_full |= self._kinds[kind] is full_disk
                 if driver.wait(0) is None:  # the time is over
                     kill_driver(driver, self.run, self._rng)
                     self.faults["SIGKILL of the driver"] += 1
@@ -155,7 +161,7 @@ class Soak:
             trials: it ends with so many more than have ended; None for more as soon as all have ended.
         """
         arguments = ["search", str(self._space), "--run-dir", str(self.run)]
-        if (self.run / "study.db").exists():
+        if has_study(self.run):
             self.resumed += 1
             arguments, planned = ["resume", str(self.run)], planned_trials(self.run)
             if trials is not None:
@@ -208,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="how long faults are injected")
     parser.add_argument("--kills", type=int, help="instead of it, so many SIGKILLs in a row")
+    parser.add_argument("--storage", choices=["sqlite", "postgresql"], default="sqlite", help="of the study")
     parser.add_argument("--seed", type=int, default=0, help="draws the faults and their moments")
     parser.add_argument("--work", type=Path, help="a folder for the run, which is then kept")
     options = parser.parse_args()
@@ -216,13 +223,17 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.work is not None and options.work.exists() and any(options.work.iterdir()):
         parser.error(f"--work: {options.work} must be empty")
+    if options.storage == "postgresql" and find_programs() is None:
+        parser.error("--storage: PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
     with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running_server()) if options.storage == "postgresql" else None
+        os.environ.update({} if server is None else server.environment)
         # Short, for Ray's sockets lie in it.
         temporary = tempfile.TemporaryDirectory(prefix="rl-soak-", dir="/tmp", ignore_cleanup_errors=True)
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rl-soak-run-")))
         work.mkdir(parents=True, exist_ok=True)
         disk = stack.enter_context(RoomyDisk(work / "disk"))
-        soak = Soak(work, Path(stack.enter_context(temporary)), random.Random(options.seed))
+        soak = Soak(work, Path(stack.enter_context(temporary)), random.Random(options.seed), server)
         if options.kills is None:
             soak.under_faults(options.minutes)
         else:
@@ -233,7 +244,7 @@ def main() -> None:
         figures = soak.report()
         if options.work is not None and disk.is_mounted:
             shutil.copytree(soak.run, work / "run")  # the disk is gone in a moment
-    print(json.dumps({"name": "soak", "seed": options.seed, "figures": figures}))
+    print(json.dumps({"name": "soak", "storage": options.storage, "seed": options.seed, "figures": figures}))
     sys.exit(bool(soak.differences))
 
 

@@ -256,11 +256,11 @@ def assert_told(ended: tuple[object, str, str]) -> None:
 def test_what_trains_on_a_full_disk(tmp_path: Path, tiny_net: str) -> None:
     """In a fresh process: torch computes no gradients in a forked one."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(trainings_on_a_full_disk, (tmp_path, tiny_net))
+        assert pool.apply(trainings_on_a_full_disk, (tmp_path, tiny_net)) > 3
 
 
-def trainings_on_a_full_disk(folder: Path, tiny_net: str) -> None:
-    """A trial's checkpoints and weights at every write; the commands that train."""
+def trainings_on_a_full_disk(folder: Path, tiny_net: str) -> int:
+    """A trial's checkpoints and weights at every write, and the commands that train; how many disks were too small."""
     disk = SmallDisk(folder / "disk", 400)
     model, data = ModelSpec(tiny_net), DataSpec("digits", limit=60)
     spec, images = TrialSpec(model, data, TrainingSpec(epochs=2, batch_size=32), Policy(model)), load_data(data)
@@ -292,10 +292,10 @@ def trainings_on_a_full_disk(folder: Path, tiny_net: str) -> None:
         assert (again.state, again.reason) == ("COMPLETE", None)
         assert [row["accuracy"] for row in again.epochs] == [row["accuracy"] for row in straight.epochs]
         shutil.rmtree(place)
-    assert pages > 3
 
     (folder / "space.yaml").write_text(yaml.safe_dump(content()))
     disk.leave(0)
     assert_told(command_line("search", folder / "space.yaml", "--run-dir", disk.folder / "run"))
     options = ["--data", "digits", "--epochs", 1, "--set", "data.limit=60"]
     assert_told(command_line("train", tiny_net, "--out", disk.folder / "out", *options))
+    return pages

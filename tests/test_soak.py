@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from books import read_study
+from books import planned_trials, read_study
 from faults import RoomyDisk, full_disk, locked_database
 from one_process_search import search_in_one_process
-from real_driver import Driver, planned_trials
+from real_driver import Driver
 from soak import Soak
 
 SOAK = Path(__file__).parent / "soak.py"

@@ -14,9 +14,11 @@ from typing import Annotated
 import typer
 
 from rlsearch.cli.doctor_ray import Finding, ray_findings
+from rlsearch.errors import UserError
 
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pyarrow", "tensorboard", "moocore", "safetensors")
 _LEAST_FREE_BYTES = 5e9
+_FAR_SECONDS = 0.05
 
 
 def doctor(
@@ -25,13 +27,13 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Looks at Python, packages, GPUs, Ray, storage and authentication, and says what is wrong and how to mend it.
+    """Looks at Python, packages, GPUs, Ray, storage, PostgreSQL and authentication, and says what to mend, and how.
 
     Example: rlsearch doctor
     """
     import json
 
-    findings = [*_python(), *_packages(), *_devices(), *ray_findings(address), *_storage()]
+    findings = [*_python(), *_packages(), *_devices(), *ray_findings(address), *_storage(), *_database()]
     if as_json:
         typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
@@ -110,3 +112,22 @@ def _storage() -> list[Finding]:
         warnings = storage_warnings(folder, _LEAST_FREE_BYTES)
         findings.append(Finding(what, "warning" if warnings else "ok", found, "; ".join(warnings)))
     return findings
+
+
+def _database() -> list[Finding]:
+    """A team's database, where the environment names one."""
+    if not {"PGHOST", "PGSERVICE", "PGDATABASE"} & set(os.environ):
+        return []
+    try:
+        from rlsearch.search.database import look_at_postgresql, postgresql_place
+    except ImportError:
+        return []  # _packages has said so
+    try:
+        version, seconds = look_at_postgresql()
+    except UserError as error:
+        found, _, remedy = str(error).removeprefix("search.storage: ").partition("; ")
+        return [Finding("PostgreSQL", "warning", found, remedy)]
+    found = f"{version} at {postgresql_place()}, {1000 * seconds:.1f} ms a query"
+    is_far = seconds > _FAR_SECONDS
+    remedy = "it is far: a proposal and a trial's end ask some ten times each; keep it in the cluster's network"
+    return [Finding("PostgreSQL", "warning" if is_far else "ok", found, remedy if is_far else "")]

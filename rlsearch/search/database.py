@@ -10,22 +10,25 @@ makes holds a password, so that none can get into a file, a table or a process t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import socket
+import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine, event, text
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import Connection, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
-from rlsearch.errors import RlsearchError, UserError
+from rlsearch.errors import RlsearchError, RunFolderError, UserError
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
 STORAGES = (SQLITE, POSTGRESQL)
@@ -36,15 +39,8 @@ PATIENCE = 60.0
 _POSTGRESQL_URL = "postgresql+psycopg://"
 _TRY_SECONDS = 5
 _PAUSE_SECONDS = 0.5
-# Any number that nobody else locks.
-_TABLES_LOCK = 0x726C7365
-_POSTGRESQL_ARGUMENTS = {
-    "connect_timeout": 10,
-    # A network that swallows everything would otherwise hold a search for a quarter of an hour.
-    "tcp_user_timeout": 30_000,
-    "options": f"-c lock_timeout={_TRY_SECONDS}s",
-    "application_name": "rlsearch",
-}
+# Any number that nobody else locks: alone for the making of the tables, with a study's id for the study.
+_LOCK = 0x726C7365
 Result = TypeVar("Result")
 
 
@@ -86,6 +82,29 @@ class PatientStorage(RDBStorage):
                     self.told(str(error))
                     is_told = True
                 time.sleep(_PAUSE_SECONDS)
+
+    @contextlib.contextmanager
+    def held(self, study_id: int) -> Iterator[None]:
+        """The right to write to a study of PostgreSQL, for as long as the block runs and the connection lasts.
+
+        One of SQLite is its folder's, whose lock is enough; two copies of a folder name one study in PostgreSQL.
+
+        Raises:
+            RunFolderError: another process has it, and the message says which.
+        """
+        if self.engine.dialect.name != POSTGRESQL:
+            yield
+            return
+        with self.patiently(self.engine.connect) as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            connection.detach()  # closed after the block, which ends the lock, and not given back to the pool
+            lock = {"lock": _LOCK, "study": study_id}
+            if not connection.scalar(text("SELECT pg_try_advisory_lock(:lock, :study)"), lock):
+                raise RunFolderError(
+                    f"the study in PostgreSQL at {postgresql_place()}: is in use by {_holder(connection, lock)}; wait "
+                    "for it (copies of a run's folder share its study)"
+                )
+            yield
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         """As Optuna's, but a trial whose creation was done, and only not confirmed, is not created twice."""
@@ -147,6 +166,8 @@ for _name in (
 
 def _tell_away(context: ExceptionContext) -> None:
     """Has errors of a database that may come back raised as such: Optuna would call them invalid data."""
+    if context.is_pre_ping:
+        return  # an old connection that is dead gets a new one
     error = context.original_exception
     reason = " ".join(str(error).split())
     if context.engine is not None and context.engine.dialect.name == SQLITE:
@@ -169,15 +190,36 @@ def open_postgresql() -> PatientStorage:
     Raises:
         UserError: psycopg is missing, or the database does not let us in.
     """
+    with _connection() as connection:
+        # Two searches that begin at once would both make the tables, and one would fail.
+        connection.execute(text(f"SELECT pg_advisory_lock({_LOCK})"))
+        return PatientStorage(_POSTGRESQL_URL, _postgresql_arguments())
+
+
+def look_at_postgresql() -> tuple[str, float]:
+    """Version of the server that the environment names, and seconds that a query takes there and back (median of 9).
+
+    Raises:
+        UserError: as `open_postgresql`.
+    """
+    seconds = []
+    with _connection() as connection:
+        for _ in range(9):
+            started = time.perf_counter()
+            version = connection.scalar(text("SHOW server_version"))
+            seconds.append(time.perf_counter() - started)
+    return str(version), statistics.median(seconds)
+
+
+@contextlib.contextmanager
+def _connection() -> Iterator[Connection]:
     missing = missing_driver(POSTGRESQL)
     if missing is not None:
         raise UserError(f"search.storage: {missing}")
-    engine = create_engine(_POSTGRESQL_URL, connect_args=_POSTGRESQL_ARGUMENTS)
+    engine = create_engine(_POSTGRESQL_URL, connect_args=_postgresql_arguments())
     try:
         with engine.connect() as connection:
-            # Two searches that begin at once would both make the tables, and one would fail.
-            connection.execute(text(f"SELECT pg_advisory_lock({_TABLES_LOCK})"))
-            return PatientStorage(_POSTGRESQL_URL, _POSTGRESQL_ARGUMENTS)
+            yield connection
     except DBAPIError as error:
         raise UserError(
             f"search.storage: PostgreSQL at {postgresql_place()} does not let us in "
@@ -186,6 +228,28 @@ def open_postgresql() -> PatientStorage:
         ) from None
     finally:
         engine.dispose()
+
+
+def _postgresql_arguments() -> dict[str, Any]:
+    return {
+        "connect_timeout": 10,
+        # A network that swallows everything would otherwise hold a search for a quarter of an hour.
+        "tcp_user_timeout": 30_000,
+        # The server's keep-alives, of two hours, would hold the study of a machine that lost its power for as long.
+        "options": f"-c lock_timeout={_TRY_SECONDS}s -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=10 "
+        "-c tcp_keepalives_count=3",
+        # What the database's keeper, and who finds a study in use, sees of a search.
+        "application_name": f"rlsearch, process {os.getpid()} on {socket.gethostname()}"[:63],
+    }
+
+
+def _holder(connection: Connection, lock: dict[str, int]) -> str:
+    """The process that has a study's lock, as far as PostgreSQL tells."""
+    query = (
+        "SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid) "
+        "WHERE locktype = 'advisory' AND classid = :lock AND objid = :study AND granted"
+    )
+    return connection.scalar(text(query), lock) or "another process"
 
 
 def missing_driver(storage: str) -> str | None:

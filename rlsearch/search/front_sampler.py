@@ -32,6 +32,7 @@ from rlsearch.search.policy_space import Decided, PolicySpace
 from rlsearch.search.ranges import draw
 from rlsearch.search.space import SearchSpace
 from rlsearch.search.variations import coarse_key, crossing, mutation, random_choices, same_choices, same_settings
+from rlsearch.training.loop import TrainingSpec
 
 # Shares of the candidates; the rest are the neighbours of the best of these.
 _MUTATED, _CROSSED, _RANDOM, _ADDED_UP = 0.3, 0.2, 0.17, 0.03
@@ -77,6 +78,7 @@ class FrontSampler(BaseSampler):
         self._singles = SingleReplacements(policies)
         self._alone: list[_Candidate] = []
         self._observed: dict[tuple[int, TrialState], Observed | None] = {}
+        self._known_exact: dict[tuple[str, TrainingSpec], Mapping[str, float]] = {}
         self._chosen: dict[int, Mapping[str, Any]] = {}
         self.earlier: tuple[Observed, ...] = ()
 
@@ -111,7 +113,8 @@ class FrontSampler(BaseSampler):
         whole = [item for item in observed if item.is_whole]
         if not whole or len(whole) + sum(item.is_whole for item in self.earlier) < 2:
             return {}
-        view = _View(self._policies.space, self._encoding, self._costs, observed, self.earlier)
+        exact = [self._exact_of(item) for item in (*observed, *self.earlier)]
+        view = _View(self._policies.space, self._encoding, observed, self.earlier, exact)
         seen = {coarse_key(trial.params, trial.distributions) for trial in trials}
         best: list[tuple[float, Decided]] = []
         for fresh in self._rounds(view, best, rng):
@@ -127,6 +130,13 @@ class FrontSampler(BaseSampler):
         if key not in self._observed or trial.state == TrialState.RUNNING:
             self._observed[key] = observe(trial)
         return self._observed[key]
+
+    def _exact_of(self, item: Observed) -> Mapping[str, float]:
+        """Worked out once: of a thousand trials it would take a second each time."""
+        key = item.policy.hash, item.training
+        if key not in self._known_exact:
+            self._known_exact[key] = exact_metrics(self._costs, item.policy, item.training)
+        return self._known_exact[key]
 
     def _admitted(self, points: Iterable[Decided], seen: set[Any]) -> Iterator[_Candidate]:
         """Those that are new and keep the exact constraints."""
@@ -172,6 +182,13 @@ class FrontSampler(BaseSampler):
 class _View:
     """What the trials so far say.
 
+    Args:
+        space: what is searched.
+        encoding: of its points.
+        own: the study's trials.
+        earlier: those of other studies.
+        exact: `exact_metrics` of ``own``, then of ``earlier``.
+
     Attributes:
         parents: the decisions of what nothing else, earlier trials included, is likely to dominate.
     """
@@ -180,12 +197,12 @@ class _View:
         self,
         space: SearchSpace,
         encoding: Encoding,
-        costs: ExactCosts,
         own: Sequence[Observed],
         earlier: Sequence[Observed],
+        exact: Sequence[Mapping[str, float]],
     ) -> None:
         self._encoding = encoding
-        self._costs = costs
+        self._exact = exact
         whole = [item for item in own if item.is_whole]
         observed = [*own, *earlier]
         accuracies, variances = final_accuracies(observed)
@@ -193,8 +210,8 @@ class _View:
         known = np.flatnonzero(np.isfinite(accuracies))
         self._accuracy = self._model(points[known], accuracies[known], variances[known])
         finished = np.array([index for index, item in enumerate(own) if item.is_whole])
-        exact = [exact_metrics(costs, item.policy, item.training) for item in whole]
-        self._losses = ObjectiveLosses(space.objectives, encoding, whole, exact, points[finished])
+        known_costs = [exact[index] for index in finished]
+        self._losses = ObjectiveLosses(space.objectives, encoding, whole, known_costs, points[finished])
         self._bounds = [constraint for constraint in space.constraints if constraint.metric == "accuracy"]
         self._reference = float(whole[0].final["accuracy"])
         running = np.array([index for index, item in enumerate(observed) if item.is_running], dtype=np.int64)
@@ -214,18 +231,15 @@ class _View:
         # While nothing keeps all constraints, what comes near is made out of what breaks them.
         feasible = [index for index in members if observed[index].is_feasible] or list(members)
         kept = np.array(feasible, dtype=np.int64)
-        items = [observed[index] for index in kept]
         self._front = self._accuracy.predict(points[kept])[0]
-        self._front_costs = self._losses.predicted(
-            points[kept], [exact_metrics(self._costs, item.policy, item.training) for item in items]
-        )
-        self._members = items
+        self._front_costs = self._losses.predicted(points[kept], [self._exact[index] for index in kept])
+        self._members = [observed[index] for index in kept]
 
     def _best_of(self, earlier: Sequence[Observed], points: Points) -> list[Mapping[str, Any]]:
         losses = np.column_stack([-self._front, self._front_costs])
         if earlier:
-            exact = [exact_metrics(self._costs, item.policy, item.training) for item in earlier]
-            before = np.column_stack([-self._accuracy.predict(points)[0], self._losses.predicted(points, exact)])
+            costs = self._losses.predicted(points, self._exact[-len(earlier) :])
+            before = np.column_stack([-self._accuracy.predict(points)[0], costs])
             losses = np.concatenate([losses, before])
         members = [*self._members, *earlier]
         return [item.params for item, is_on in zip(members, pareto_front(losses), strict=True) if is_on]

@@ -42,8 +42,7 @@ def repair_run(run_dir: str | Path) -> Repaired:
     """
     folder = RunFolder(run_dir)
     folder.check_run()
-    with folder.locked():
-        study = RunStudy.open(folder.study_path)
+    with folder.locked(), (study := RunStudy.open(folder.study_path)).held():
         mended = settle(study, folder.path)
         wrong = folder.restore_space(study.space)
         mended += [] if wrong is None else [wrong]

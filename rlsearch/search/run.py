@@ -87,7 +87,8 @@ def start_search(
             study = _begin(prepared.space, folder, known)
             if known:
                 console.print(f"warm start: {len(known)} trials of {warm_start}", soft_wrap=True, highlight=False)
-            return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+            with study.held():
+                return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
 
 
 def resume_search(
@@ -123,8 +124,7 @@ def resume_search(
     console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_run()
-    with storage_explained(folder), folder.locked():
-        study = RunStudy.open(folder.study_path)
+    with storage_explained(folder), folder.locked(), (study := RunStudy.open(folder.study_path)).held():
         folder.check_space(study.space)
         target = _target(trials, study)
         space = parse_space(study.space, str(folder.study_path))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -175,6 +176,14 @@ class RunStudy:
         """What the search knew at its start, as `rlsearch.search.warm_start` keeps it; empty for most searches."""
         known: list[dict[str, Any]] = self.study.user_attrs.get(_WARM_START, [])
         return known
+
+    def held(self) -> AbstractContextManager[None]:
+        """The right to write, where the folder's lock cannot show that another has it.
+
+        Raises:
+            RunFolderError: another process has it, and the message says which.
+        """
+        return self._storage.held(self._study_id)
 
     def on_wait(self, told: Callable[[str], None]) -> None:
         """Has ``told`` called, with the reason, whenever the database begins to keep the search waiting."""

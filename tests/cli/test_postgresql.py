@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -90,3 +92,26 @@ def test_two_searches_of_a_team_side_by_side_one_of_them_killed_and_resumed(serv
     left = [path for path in tmp_path.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
     assert left == []
     assert PASSWORD not in "".join(printed)
+
+
+def test_doctor_looks_at_the_database_that_the_environment_names(
+    server: Server, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., Any]
+) -> None:
+    def looked() -> list[tuple[str, str]]:
+        printed = in_process("doctor", "--json").stdout
+        assert PASSWORD not in printed
+        findings = json.loads(printed)["findings"]
+        return [(finding["status"], finding["found"]) for finding in findings if finding["what"] == "PostgreSQL"]
+
+    for name in server.environment:
+        monkeypatch.delenv(name, raising=False)
+    assert looked() == []
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    ((status, found),) = looked()
+    assert status == "ok"
+    assert re.fullmatch(rf"\d+\.\S.* at 127\.0\.0\.1:{server.port}/postgres, [\d.]+ ms a query", found)
+    monkeypatch.setenv("PGPORT", "1")
+    ((status, found),) = looked()
+    assert status == "warning"
+    assert "127.0.0.1:1/postgres does not let us in" in found

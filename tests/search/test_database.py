@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import socket
 import sqlite3
 import threading
 import time
@@ -19,6 +23,9 @@ from rlsearch.results.tables import read_trials
 from rlsearch.search import database, study
 from rlsearch.search.database import DatabaseAwayError, check_storage
 from rlsearch.search.prepare import Prepared, prepare
+from rlsearch.search.repair import repair_run
+from rlsearch.search.run import resume_search
+from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.searcher import StopSearch
 from rlsearch.search.space import parse_space
 from rlsearch.search.study import RunStudy
@@ -191,6 +198,36 @@ def test_work_that_was_done_and_not_confirmed_is_not_done_twice(
     proxy.close()
     assert search.states() == ["COMPLETE"] * 8
     assert [record.trial for record in search.study.records()] == list(range(8))
+
+
+def test_copies_of_a_folder_do_not_write_to_their_study_at_once(
+    team: Server, tmp_path: Path, prepared: Prepared
+) -> None:
+    search = Search(tmp_path / "run", prepared, storage="postgresql")
+    other = Search(tmp_path / "other", prepared, storage="postgresql")
+    shutil.copytree(search.folder.path, tmp_path / "copy")
+    copied = RunStudy.open(RunFolder(tmp_path / "copy").study_path)
+    holder = re.escape(f"is in use by rlsearch, process {os.getpid()} on {socket.gethostname()}; wait for it")
+    with search.study.held():
+        with other.study.held():
+            pass
+        with pytest.raises(RunFolderError, match=holder), copied.held():
+            raise AssertionError
+        for command in (resume_search, repair_run):
+            with pytest.raises(RunFolderError, match=holder):
+                command(tmp_path / "copy")
+        team.stop()  # which ends the lock, and is no error where nothing is asked
+    team.start()
+    with copied.held():
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"storage": "postgresql"}', '{"storage": 1, "study": 2}'])
+def test_a_damaged_name_of_a_study_is_told(team: Server, tmp_path: Path, prepared: Prepared, content: str) -> None:
+    file = Search(tmp_path / "run", prepared, storage="postgresql").folder.study_path
+    file.write_text(content)
+    with pytest.raises(RunFolderError, match="restore it from a copy"):
+        RunStudy.open(file)
 
 
 def test_a_team_has_its_searches_side_by_side_and_tables_are_made_once(
