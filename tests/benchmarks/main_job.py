@@ -60,7 +60,7 @@ class IdleTrial:
         self._result = random.Random(spec.policy.hash).random()
         self.done = False
 
-    def run_epoch(self) -> EpochMetrics:
+    def run_epoch(self, after_step: Any) -> EpochMetrics:
         """Numbers that differ from policy to policy."""
         self.done = True
         sizes = dict.fromkeys(("params", "params_total", "learnable_params", "memory", "memory_predicted"), 1000)
