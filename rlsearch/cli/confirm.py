@@ -43,7 +43,8 @@ def confirm(
     """Trains the front and the baseline again with new seeds, one at a time, and measures them on the test split.
 
     Each training is kept in DIR/confirmed.parquet as soon as it is done. After Ctrl-C the same command goes on; the
-    training that was under way starts again. `rlsearch pareto` and `report` then show means, intervals and chances.
+    training that was under way starts again. The report is written anew; it and `rlsearch pareto` then show means,
+    intervals and chances.
 
     Example: rlsearch confirm runs/digits --seeds 3
     """
@@ -66,14 +67,16 @@ def confirm(
 
 
 def _show(run: Run, console: Console, as_json: bool) -> None:
-    """What is confirmed by now."""
+    """What is confirmed by now, the run's report with it."""
     import json
 
     from rlsearch.results.confirmation import confirmations
     from rlsearch.results.confirmed_views import confirmed_table
     from rlsearch.results.confirmed_words import CONFIRMED_NOTE, confirmed_line
+    from rlsearch.results.report import write_report
     from rlsearch.results.run_summary import confirmed_entry
 
+    written = write_report(run)
     if as_json:
         found = [{"trial": trial} | (confirmed_entry(run, trial) or {}) for trial in sorted(confirmations(run))]
         typer.echo(json.dumps({"folder": str(run.folder), "confirmed": found}, indent=2, allow_nan=False))
@@ -81,6 +84,7 @@ def _show(run: Run, console: Console, as_json: bool) -> None:
     console.print(confirmed_table(run))
     for line in (CONFIRMED_NOTE, confirmed_line(run)):
         console.print(line, highlight=False, markup=False)
+    console.print(f"report: {written['report']}", soft_wrap=True, highlight=False)
 
 
 def _same_command(run_dir: Path, seeds: int, trials: list[int] | None, select: str | None, model: str | None) -> str:

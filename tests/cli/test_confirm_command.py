@@ -59,7 +59,9 @@ def test_ctrl_c_says_how_to_go_on_and_it_does(in_process: Callable[..., Any], fo
     lines = done.stdout.splitlines()
     assert f"; {len(kept)} are done; about " in lines[0]
     assert "(4 of 4 trainings done, 0s left)" in done.stdout
-    assert "confirmed on the test split: trials 0, 1 (2 new seeds each): all of the front and the baseline" in lines[-1]
+    assert "confirmed on the test split: trials 0, 1 (2 new seeds each): all of the front and the baseline" in lines[-2]
+    assert lines[-1] == "report: run/report.html"
+    assert "Confirmed with new seeds" in (folder / "report.html").read_text(encoding="utf-8")
 
     again = in_process("confirm", folder, "--seeds", "2", "--json")
     assert again.returncode == 0
@@ -74,8 +76,6 @@ def test_ctrl_c_says_how_to_go_on_and_it_does(in_process: Callable[..., Any], fo
     for item in front["front"]:
         (entry,) = [entry for entry in content["confirmed"] if entry["trial"] == item["trial"]]
         assert item["confirmed"] | {"trial": item["trial"]} == entry
-    assert in_process("report", folder).returncode == 0
-    assert "Confirmed with new seeds" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
