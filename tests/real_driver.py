@@ -67,7 +67,8 @@ class Driver:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
                 name = (process / "cmdline").read_bytes()
-                if name.startswith(b"ray::") and os.getsid(int(process.name)) == self.pid:
+                # Without its agents (ray::DashboardAgent) Ray ends a node, and everything on it.
+                if name.startswith(b"ray::") and b"Agent" not in name and os.getsid(int(process.name)) == self.pid:
                     found.append(int(process.name))
         return sorted(found)
 

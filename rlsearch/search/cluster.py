@@ -246,10 +246,12 @@ def _start(address: str, folder: Path, shared_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Takes back what the block does to SIGTERM: Ray would end this process with 15, which no shell knows as 143."""
+    """Takes back what the block, Ray's start, does to SIGTERM: the process would end with 15 or 1, and not with 143."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:  # nothing but Ray's two handlers of the signal raises it there
+        raise SystemExit(128 + signal.SIGTERM) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import Connection, ExceptionContext
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from rlsearch.errors import RlsearchError, RunFolderError, UserError
 
@@ -58,10 +59,24 @@ class PatientStorage(RDBStorage):
 
     def __init__(self, url: str, arguments: dict[str, Any]) -> None:
         self.told: Callable[[str], None] = lambda reason: None
-        self.patience = 0.0
-        super().__init__(url, {"connect_args": arguments, "pool_pre_ping": True})
+        self.patience = PATIENCE
+        self.patiently(functools.partial(self._open, url, arguments))
         event.listen(self.engine, "handle_error", _tell_away)
         weakref.finalize(self, self.engine.dispose)  # connections are closed with whatever uses the study
+
+    def _open(self, url: str, arguments: dict[str, Any]) -> None:
+        """Optuna's own beginning, which looks for its tables and makes those that are missing."""
+        try:
+            super().__init__(url, {"connect_args": arguments, "pool_pre_ping": True})
+        except (SQLAlchemyError, OptunaError) as error:
+            self.engine.dispose()
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, DBAPIError):
+                cause = cause.__cause__
+            reason = None if cause is None else _why_away(self.engine.dialect.name, cause.orig)
+            if reason is None:
+                raise
+            raise DatabaseAwayError(reason) from error
 
     def patiently(self, ask: Callable[[], Result]) -> Result:
         """What ``ask`` returns, asked again for as long as the patience lasts.
@@ -148,6 +163,7 @@ def _patient(name: str) -> Callable[..., Any]:
 
 # What a study asks, by itself and by Optuna's cache in front of it. Writing one of these twice changes nothing.
 for _name in (
+    "get_all_studies",
     "get_study_id_from_name",
     "get_study_name_from_id",
     "get_study_directions",
@@ -169,14 +185,18 @@ def _tell_away(context: ExceptionContext) -> None:
     if context.is_pre_ping:
         return  # an old connection that is dead gets a new one
     error = context.original_exception
-    reason = " ".join(str(error).split())
-    if context.engine is not None and context.engine.dialect.name == SQLITE:
-        is_away = "locked" in reason or "busy" in reason
-    else:
-        kinds = {kind.__name__ for kind in type(error).__mro__}  # psycopg may not be installed
-        is_away = not kinds.isdisjoint({"OperationalError", "InterfaceError"})
-    if is_away:
+    reason = _why_away("" if context.engine is None else context.engine.dialect.name, error)
+    if reason is not None:
         raise DatabaseAwayError(reason) from error
+
+
+def _why_away(dialect: str, error: BaseException | None) -> str | None:
+    """What a database's driver said, on one line, where it may come back; None where that would not help."""
+    reason = " ".join(str(error).split())
+    if dialect == SQLITE:
+        return reason if "locked" in reason or "busy" in reason else None
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # psycopg may not be installed
+    return None if kinds.isdisjoint({"OperationalError", "InterfaceError"}) else reason
 
 
 def open_sqlite(path: Path) -> PatientStorage:

@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from rlsearch.errors import RlsearchError, RunFolderError
 from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
-from rlsearch.search.database import PATIENCE, PatientStorage
+from rlsearch.search.database import PatientStorage
 from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.search.sampler import Proposal
 from rlsearch.search.study_digest import DIGEST, PLANNED, SPACE, check_content, digest_of
@@ -83,7 +83,6 @@ class RunStudy:
         self.study = study
         self.objectives = dict(objectives)
         self._study_id = storage.get_study_id_from_name(study.study_name)
-        storage.patience = PATIENCE
 
     @classmethod
     def create(

@@ -22,6 +22,7 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from rlsearch.results.tables import TrialRecord, read_run
+from rlsearch.search.cluster import ray_cluster
 from rlsearch.search.run import resume_search, start_search
 from rlsearch.search.space import SearchSpace, parse_space
 from rlsearch.search.study import RunStudy
@@ -183,3 +184,19 @@ def test_one_seed_gives_the_same_trials_straight_or_interrupted(cluster: Cluster
     resumed = resume_search(folder, address=address, console=quiet())
     assert [told(record) for record in resumed.records] == [told(record) for record in straight.records]
     assert states(folder) == ["COMPLETE"] * 7
+
+
+@pytest.mark.parametrize("code", [signal.SIGTERM, 1])
+def test_a_sigterm_while_ray_starts_ends_with_143(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Ray puts its own handlers in place as it starts, which end the process with 15, then with 1."""
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SystemExit) as ended, ray_cluster():
+        raise AssertionError
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before

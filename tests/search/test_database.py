@@ -20,7 +20,7 @@ from postgresql import Proxy, Server, running_server
 
 from rlsearch.errors import ConfigError, RunFolderError, UserError
 from rlsearch.results.tables import read_trials
-from rlsearch.search import database, study
+from rlsearch.search import database, study_file
 from rlsearch.search.database import DatabaseAwayError, check_storage
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.repair import repair_run
@@ -58,7 +58,7 @@ def team(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds in place of a minute."""
-    monkeypatch.setattr(study, "PATIENCE", 2.0)
+    monkeypatch.setattr(database, "PATIENCE", 2.0)
     monkeypatch.setattr(database, "_TRY_SECONDS", 0.2)
 
 
@@ -121,11 +121,33 @@ def test_what_locks_the_file_for_a_while_is_waited_for(tmp_path: Path, prepared:
     assert "locked" in told[0]
 
 
+@pytest.mark.parametrize("is_for_good", [False, True])
+def test_a_file_that_is_locked_when_a_resume_opens_it_is_waited_for(
+    tmp_path: Path, prepared: Prepared, impatient: None, monkeypatch: pytest.MonkeyPatch, is_for_good: bool
+) -> None:
+    search = Search(tmp_path / "run", prepared)
+    search.start("a")
+    monkeypatch.setattr(study_file, "_check_intact", lambda path: None)  # as where the lock comes right after it
+    other = sqlite3.connect(search.folder.study_path, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    started = time.monotonic()
+    if is_for_good:
+        with pytest.raises(DatabaseAwayError, match="locked"):
+            RunStudy.open(search.folder.study_path)
+        assert time.monotonic() - started >= database.PATIENCE
+    else:
+        timer = after(1.0, other.rollback)
+        assert RunStudy.open(search.folder.study_path).num_trials == 1
+        assert time.monotonic() - started >= 1
+        timer.join()
+    other.close()
+
+
 @pytest.mark.parametrize("moment", ["a proposal", "an end"])
 def test_a_server_that_is_restarted_is_waited_for(
     team: Server, tmp_path: Path, prepared: Prepared, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "PATIENCE", 30.0)
+    monkeypatch.setattr(database, "PATIENCE", 30.0)
     search, told = Search(tmp_path / "run", prepared, storage="postgresql"), list[str]()
     search.study.on_wait(told.append)
     for number in range(8):
