@@ -2,6 +2,7 @@
 
     python tests/soak.py --minutes 30          faults of every kind, one after the other
     python tests/soak.py --kills 100           so many random SIGKILLs of the driver in a row, a resume after each
+    python tests/soak.py --storage postgresql  the study in a server of its own, which crashes now and then too
 
 The trials are real and cheap: each trains a ResNet-20 on a few digits images for a second or two. The search is resumed
 after whatever ended it, and asked for more trials whenever it has all. In the end every trial must have ended exactly

@@ -119,7 +119,7 @@ def _database() -> list[Finding]:
     if not {"PGHOST", "PGSERVICE", "PGDATABASE"} & set(os.environ):
         return []
     try:
-        from rlsearch.search.database import look_at_postgresql, postgresql_place
+        from rlsearch.search.postgresql import look_at_postgresql, postgresql_place
     except ImportError:
         return []  # _packages has said so
     try:

@@ -10,8 +10,8 @@ from torch import nn
 from rlsearch.errors import ModelError, Problem, suggestion
 from rlsearch.model_graph import split, why_not_cut
 from rlsearch.replacement import Unit, find_units
-from rlsearch.search.database import missing_driver
 from rlsearch.search.policy_space import PolicySpace, matched_units
+from rlsearch.search.postgresql import missing_driver
 from rlsearch.search.ranges import values_of
 from rlsearch.search.settings import ReplacementSpace
 from rlsearch.search.space import SearchSpace

@@ -20,10 +20,10 @@ from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.cluster_access import OPEN_REMEDY, wants_token
-from rlsearch.search.database import check_storage
 from rlsearch.search.failures import storage_explained
 from rlsearch.search.observations import Observed
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
+from rlsearch.search.postgresql import check_storage
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.reachable import Reach
 from rlsearch.search.run_folder import RunFolder

@@ -63,7 +63,7 @@ class SearchSettings:
             racing's first rung: what one unit bears tells the sampler much.
         max_failures: the search stops when more trials than this have failed.
         storage: what holds the study: ``sqlite``, a file in the run's folder; or ``postgresql``, a database whose
-            address and password come from the environment, see `rlsearch.search.database`.
+            address and password come from the environment, see `rlsearch.search.postgresql`.
         min_epochs: racing's first rung; None for no racing: every trial trains to its end.
         eta: racing's rungs are min_epochs * eta^k, and fewer trials than this at one are not compared (>= 2).
     """

@@ -32,6 +32,7 @@ from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
 from rlsearch.search.database import PatientStorage
 from rlsearch.search.outcome import OUTCOME, Outcome
+from rlsearch.search.postgresql import held
 from rlsearch.search.sampler import Proposal
 from rlsearch.search.study_digest import DIGEST, PLANNED, SPACE, check_content, digest_of
 from rlsearch.search.study_file import new_storage, open_storage
@@ -182,7 +183,7 @@ class RunStudy:
         Raises:
             RunFolderError: another process has it, and the message says which.
         """
-        return self._storage.held(self._study_id)
+        return held(self._storage, self._study_id)
 
     def on_wait(self, told: Callable[[str], None]) -> None:
         """Has ``told`` called, with the reason, whenever the database begins to keep the search waiting."""

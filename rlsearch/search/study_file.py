@@ -12,15 +12,8 @@ import optuna
 
 from rlsearch.errors import RunFolderError
 from rlsearch.files import replacing, write_atomic
-from rlsearch.search.database import (
-    PATIENCE,
-    POSTGRESQL,
-    SQLITE,
-    PatientStorage,
-    open_postgresql,
-    open_sqlite,
-    postgresql_place,
-)
+from rlsearch.search.database import PATIENCE, POSTGRESQL, SQLITE, PatientStorage, open_sqlite
+from rlsearch.search.postgresql import open_postgresql, postgresql_place
 
 STUDY_FILES = {SQLITE: "study.db", POSTGRESQL: "study.json"}
 """Storage to the name of its file in a run's folder."""

@@ -20,8 +20,9 @@ from postgresql import Proxy, Server, running_server
 
 from rlsearch.errors import ConfigError, RunFolderError, UserError
 from rlsearch.results.tables import read_trials
-from rlsearch.search import database, study_file
-from rlsearch.search.database import DatabaseAwayError, check_storage
+from rlsearch.search import database, postgresql, study_file
+from rlsearch.search.database import DatabaseAwayError
+from rlsearch.search.postgresql import check_storage
 from rlsearch.search.prepare import Prepared, prepare
 from rlsearch.search.repair import repair_run
 from rlsearch.search.run import resume_search
@@ -59,7 +60,8 @@ def team(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds in place of a minute."""
     monkeypatch.setattr(database, "PATIENCE", 2.0)
-    monkeypatch.setattr(database, "_TRY_SECONDS", 0.2)
+    monkeypatch.setattr(database, "TRY_SECONDS", 0.2)
+    monkeypatch.setattr(postgresql, "TRY_SECONDS", 0.2)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
