@@ -188,6 +188,8 @@ class Soak:
             self.faults["Ray ended the driver"] += 1
         elif code not in expected:
             self._differ([f"a driver ended with {code}, and said: {told[-2000:]}"])
+        elif met_pythons_start(told):
+            self.faults["SIGINT in Python's own start"] += 1
         elif "Traceback" in told:
             self._differ([f"a driver said: {told[-3000:]}"])
 
@@ -205,6 +207,11 @@ class Soak:
 
     def _tell(self, text: str) -> None:
         print(f"{time.monotonic() - self._started:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def met_pythons_start(told: str) -> bool:
+    """Whether Ctrl-C came before the first line of the program's own ``main``: Python tells that by a traceback."""
+    return told.startswith("Traceback") and told.rstrip().endswith("KeyboardInterrupt") and ", in main\n" not in told
 
 
 def _interrupted(*_: object) -> None:

@@ -18,7 +18,7 @@ from books import planned_trials, read_study
 from faults import RoomyDisk, full_disk, locked_database
 from one_process_search import search_in_one_process
 from real_driver import Driver
-from soak import Soak
+from soak import Soak, met_pythons_start
 
 SOAK = Path(__file__).parent / "soak.py"
 
@@ -59,6 +59,16 @@ def test_the_soak_names_what_is_not_in_order(tmp_path: Path, capsys: pytest.Capt
     figures = soak.report()
     assert figures["differences (0 expected)"] == len(soak.differences) > 0
     assert "epochs/trial-00001.parquet: is missing" in capsys.readouterr().out
+
+
+def test_only_a_ctrl_c_in_pythons_own_start_may_end_in_a_traceback(tmp_path: Path) -> None:
+    """Real ones: of an import, and out of the program's own main."""
+    (tmp_path / "early.py").write_text("raise KeyboardInterrupt\n")
+    codes = {"import early": True, "def main():\n    raise KeyboardInterrupt\nmain()": False, "1 / 0": False}
+    for code, is_early in codes.items():
+        ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        assert "Traceback" in ended.stderr
+        assert met_pythons_start(ended.stderr) == is_early
 
 
 def test_a_full_disk_is_full_and_gets_room_again(tmp_path: Path) -> None:
