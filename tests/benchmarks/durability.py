@@ -54,10 +54,10 @@ class SleepingTrial(IdleTrial):
         self.model = rlsearch.build_model(spec.model.name)
         self._seconds = spec.training.lr  # the only number that reaches a worker and is not used here
 
-    def run_epoch(self, save: Any = None) -> EpochMetrics:
+    def run_epoch(self, after_step: Any) -> EpochMetrics:
         """Sleeps."""
         time.sleep(self._seconds)
-        return super().run_epoch()
+        return super().run_epoch(after_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
