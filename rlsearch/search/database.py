@@ -31,7 +31,9 @@ PATIENCE = 60.0
 TRY_SECONDS = 5
 """Seconds for which one statement waits for a lock of another's."""
 
-_PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 0.5
+"""Seconds between two tries."""
+
 Result = TypeVar("Result")
 
 
@@ -86,7 +88,7 @@ class PatientStorage(RDBStorage):
                 if not is_told:
                     self.told(str(error))
                     is_told = True
-                time.sleep(_PAUSE_SECONDS)
+                time.sleep(PAUSE_SECONDS)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         """As Optuna's, but a trial whose creation was done, and only not confirmed, is not created twice."""

@@ -21,23 +21,35 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from rlsearch.errors import RunFolderError, UserError
-from rlsearch.search.database import POSTGRESQL, TRY_SECONDS, PatientStorage
+from rlsearch.search.database import PAUSE_SECONDS, POSTGRESQL, TRY_SECONDS, PatientStorage
 
 _URL = "postgresql+psycopg://"
 # Any number that nobody else locks: alone for the making of the tables, with a study's id for the study.
 _LOCK = 0x726C7365
+# What clients and servers say while a server is restarted; a wrong password stays wrong.
+_MAY_COME_BACK = ("Connection refused", "starting up", "shutting down", "not yet accepting", "in recovery")
 
 
-def open_postgresql() -> PatientStorage:
+def open_postgresql(patience: float = 0.0) -> PatientStorage:
     """The storage in the database that the environment names; Optuna's tables are made where there are none.
+
+    Args:
+        patience: seconds for which a server that is only starting, or not there, is asked again.
 
     Raises:
         UserError: psycopg is missing, or the database does not let us in.
     """
-    with _connection() as connection:
-        # Two searches that begin at once would both make the tables, and one would fail.
-        connection.execute(text(f"SELECT pg_advisory_lock({_LOCK})"))
-        return PatientStorage(_URL, _arguments())
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with _connection() as connection:
+                # Two searches that begin at once would both make the tables, and one would fail.
+                connection.execute(text(f"SELECT pg_advisory_lock({_LOCK})"))
+                return PatientStorage(_URL, _arguments())
+        except UserError as error:
+            if time.monotonic() >= deadline or not any(sign in str(error) for sign in _MAY_COME_BACK):
+                raise
+            time.sleep(PAUSE_SECONDS)
 
 
 @contextlib.contextmanager

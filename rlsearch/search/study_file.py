@@ -59,7 +59,7 @@ def open_storage(path: Path) -> tuple[PatientStorage, str]:
     name = content.get("study") if isinstance(content, dict) and content.get("storage") == POSTGRESQL else None
     if not isinstance(name, str):
         raise RunFolderError(f"{path}: must name a study in PostgreSQL; restore it from a copy")
-    storage = open_postgresql()
+    storage = open_postgresql(PATIENCE)
     if name not in optuna.get_all_study_names(storage):
         raise RunFolderError(
             f"{path}: PostgreSQL at {postgresql_place()} has no study {name}; point PGHOST, PGPORT and PGDATABASE to "

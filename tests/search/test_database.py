@@ -145,6 +145,27 @@ def test_a_file_that_is_locked_when_a_resume_opens_it_is_waited_for(
     other.close()
 
 
+def test_a_server_that_is_restarted_when_a_resume_opens_its_study_is_waited_for(
+    team: Server, tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_file, "PATIENCE", 3.0)
+    file = Search(tmp_path / "run", prepared, storage="postgresql").folder.study_path
+    with monkeypatch.context() as patch:
+        patch.setenv("PGPASSWORD", "wrong")
+        started = time.monotonic()
+        with pytest.raises(UserError, match="authentication failed"):
+            RunStudy.open(file)
+        assert time.monotonic() - started < 2
+    team.stop()
+    started = time.monotonic()
+    with pytest.raises(UserError, match="does not let us in"):
+        RunStudy.open(file)
+    assert time.monotonic() - started >= 3
+    timer = after(1.0, team.start)
+    assert RunStudy.open(file).num_trials == 0
+    timer.join()
+
+
 @pytest.mark.parametrize("moment", ["a proposal", "an end"])
 def test_a_server_that_is_restarted_is_waited_for(
     team: Server, tmp_path: Path, prepared: Prepared, moment: str, monkeypatch: pytest.MonkeyPatch
