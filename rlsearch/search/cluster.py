@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -263,9 +264,11 @@ def _temporary_folder() -> Iterator[Path]:
     parent = tempfile.gettempdir()
     if len(parent) > _LONGEST_FOLDER and os.path.isdir("/tmp"):
         parent = "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="rlsearch-", dir=parent))
+    # Made after the watchdog has begun: a driver that is killed between the two would leave it.
+    folder = Path(parent, f"rlsearch-{secrets.token_hex(4)}")
     watchdog = start_watchdog(folder)
     try:
+        folder.mkdir(mode=0o700)
         yield folder
     finally:
         assert watchdog.stdin is not None  # it was started with a pipe

@@ -24,6 +24,7 @@ from pathlib import Path
 
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.02
+_QUIET_SECONDS = 5.0
 
 
 def start_watchdog(folder: Path) -> subprocess.Popen[bytes]:
@@ -42,18 +43,24 @@ def start_watchdog(folder: Path) -> subprocess.Popen[bytes]:
 
 def clean_up(folder: Path, driver: int) -> None:
     """Ends the processes of the cluster in ``folder``, all but the driver, and removes it."""
-    deadline, is_gone = time.monotonic() + _PATIENCE_SECONDS, False
+    deadline, gone_since = time.monotonic() + _PATIENCE_SECONDS, None
+    # A process of a killed driver's Ray may have neither a file there nor the folder's name for a moment as it starts,
+    # and then makes the folder anew. One that is still there has shut its Ray down, and waits for us.
+    quiet = 0.0 if os.getppid() == driver else _QUIET_SECONDS
     while time.monotonic() < deadline:
         members = _members(folder) - {driver, os.getpid()}
         for process in members:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
-        if not members:
-            if is_gone:  # and nobody has made it anew meanwhile
-                return
-            shutil.rmtree(folder, ignore_errors=True)
-        is_gone = not members and not folder.exists()
-        time.sleep(_PAUSE_SECONDS)
+        if members or folder.exists():
+            gone_since = None
+            if not members:
+                shutil.rmtree(folder, ignore_errors=True)
+        elif gone_since is None:
+            gone_since = time.monotonic()
+        elif time.monotonic() - gone_since >= quiet:
+            return
+        time.sleep(_PAUSE_SECONDS if gone_since is None or not quiet else 10 * _PAUSE_SECONDS)
 
 
 def _members(folder: Path) -> set[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from rlsearch.search.watchdog import clean_up
 
 LATE = "import os, sys, time; time.sleep(1); os.makedirs(sys.argv[1], exist_ok=True); time.sleep(60)"
+HIDDEN = "import os, sys, time; time.sleep(2); os.makedirs(bytes.fromhex(sys.argv[1]).decode(), exist_ok=True)"
 LOGGING = "import sys, time; file = open(sys.argv[1] + sys.argv[2], 'w'); print('open', flush=True); time.sleep(60)"
 STRANGER = "import sys, time; time.sleep(60)"
 
@@ -25,6 +25,7 @@ def test_processes_of_all_stages_are_ended_and_the_folder_stays_away(tmp_path: P
         [LOGGING, str(folder), "/log"],  # it has a file open
         [LATE, str(folder / "session" / "logs")],  # it is about to make the folder anew
         [STRANGER, str(tmp_path)],
+        [HIDDEN, str(folder / "session").encode().hex()],  # it will make the folder anew, and does not name it
     ]
     processes = [
         subprocess.Popen([sys.executable, "-c", *line], stdout=subprocess.PIPE, text=True) for line in arguments
@@ -32,10 +33,10 @@ def test_processes_of_all_stages_are_ended_and_the_folder_stays_away(tmp_path: P
     assert processes[0].stdout is not None
     processes[0].stdout.readline()
     try:
-        clean_up(folder, os.getpid())
-        time.sleep(1.5)
+        clean_up(folder, os.getpid())  # which is not our parent: as after its end
+        assert processes[3].wait() == 0  # it was not noticed, and what it made was
         assert not folder.exists()
-        assert [process.poll() for process in processes] == [-9, -9, None]
+        assert [process.poll() for process in processes] == [-9, -9, None, 0]
     finally:
         for process in processes:
             process.kill()
