@@ -129,5 +129,5 @@ def _database() -> list[Finding]:
         return [Finding("PostgreSQL", "warning", found, remedy)]
     found = f"{version} at {postgresql_place()}, {1000 * seconds:.1f} ms a query"
     is_far = seconds > _FAR_SECONDS
-    remedy = "it is far: every proposal and every end of a trial asks it several times; keep it in the cluster's network"
+    remedy = "it is far: every proposal and every trial's end ask it several times; keep it in the cluster's network"
     return [Finding("PostgreSQL", "warning" if is_far else "ok", found, remedy if is_far else "")]
