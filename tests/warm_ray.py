@@ -117,6 +117,7 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
     """
     from ray._private.node import Node
     from ray._private.parameter import RayParams
+    from ray.experimental.internal_kv import _internal_kv_reset
 
     from rlsearch.search.cluster import _ENVIRONMENT
     from rlsearch.search.watchdog import start_watchdog
@@ -158,6 +159,8 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
             finally:
                 if node is not None:
                     node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+                    # Or Tune, as this process ends, would ask that node for a minute and then end it with 1.
+                    _internal_kv_reset()
                 server.kill()
                 watchdog.stdin.close()
                 watchdog.wait()
