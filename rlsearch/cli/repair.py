@@ -23,10 +23,11 @@ def repair(
     """
     import json
     from dataclasses import asdict
+    from functools import partial
 
     from rlsearch.search.repair import repair_run
 
-    found = repair_run(run_dir)
+    found = repair_run(run_dir, partial(typer.echo, err=True))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return

@@ -36,9 +36,41 @@ PAUSE_SECONDS = 0.5
 
 Result = TypeVar("Result")
 
+Told = Callable[[str], None]
+"""Hears, on one line, what keeps a search waiting."""
+
 
 class DatabaseAwayError(RlsearchError):
     """The database is locked, or does not answer."""
+
+
+def unheard(text: str) -> None:
+    """For who does not want to be told."""
+
+
+def patiently(
+    ask: Callable[[], Result], told: Told, patience: float, away: type[Exception] = DatabaseAwayError
+) -> Result:
+    """What ``ask`` returns, asked again for as long as the patience lasts.
+
+    Args:
+        ask: asks a database.
+        told: hears once, when the waiting begins, why.
+        patience: seconds.
+        away: what ``ask`` raises where it may be asked again; raised where it was in vain.
+    """
+    started = time.monotonic()
+    is_told = False
+    while True:
+        try:
+            return ask()
+        except away as error:
+            if time.monotonic() - started >= patience:
+                raise
+            if not is_told:
+                told(f"waiting for the study's database, a minute at most: {error}")
+                is_told = True
+            time.sleep(PAUSE_SECONDS)
 
 
 class PatientStorage(RDBStorage):
@@ -49,8 +81,8 @@ class PatientStorage(RDBStorage):
         patience: seconds for which one call goes on asking; 0 once it was in vain.
     """
 
-    def __init__(self, url: str, arguments: dict[str, Any]) -> None:
-        self.told: Callable[[str], None] = lambda reason: None
+    def __init__(self, url: str, arguments: dict[str, Any], told: Told) -> None:
+        self.told = told
         self.patience = PATIENCE
         self.patiently(functools.partial(self._open, url, arguments))
         event.listen(self.engine, "handle_error", _tell_away)
@@ -76,19 +108,11 @@ class PatientStorage(RDBStorage):
         Raises:
             DatabaseAwayError: it was in vain.
         """
-        started = time.monotonic()
-        is_told = False
-        while True:
-            try:
-                return ask()
-            except DatabaseAwayError as error:
-                if time.monotonic() - started >= self.patience:
-                    self.patience = 0.0
-                    raise
-                if not is_told:
-                    self.told(str(error))
-                    is_told = True
-                time.sleep(PAUSE_SECONDS)
+        try:
+            return patiently(ask, self.told, self.patience)
+        except DatabaseAwayError:
+            self.patience = 0.0
+            raise
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         """As Optuna's, but a trial whose creation was done, and only not confirmed, is not created twice."""
@@ -168,6 +192,6 @@ def _why_away(dialect: str, error: BaseException | None) -> str | None:
     return None if kinds.isdisjoint({"OperationalError", "InterfaceError"}) else reason
 
 
-def open_sqlite(path: Path) -> PatientStorage:
+def open_sqlite(path: Path, told: Told = unheard) -> PatientStorage:
     """The storage in a file; made where there is none."""
-    return PatientStorage(f"sqlite:///{path.resolve()}", {"timeout": TRY_SECONDS})
+    return PatientStorage(f"sqlite:///{path.resolve()}", {"timeout": TRY_SECONDS}, told)

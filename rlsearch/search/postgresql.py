@@ -8,6 +8,7 @@ makes holds a password, so that none can get into a file, a table or a process t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import socket
@@ -21,7 +22,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from rlsearch.errors import RunFolderError, UserError
-from rlsearch.search.database import PAUSE_SECONDS, POSTGRESQL, TRY_SECONDS, PatientStorage
+from rlsearch.search.database import POSTGRESQL, TRY_SECONDS, PatientStorage, Told, patiently, unheard
 
 _URL = "postgresql+psycopg://"
 # Any number that nobody else locks: alone for the making of the tables, with a study's id for the study.
@@ -30,26 +31,21 @@ _LOCK = 0x726C7365
 _MAY_COME_BACK = ("Connection refused", "starting up", "shutting down", "not yet accepting", "in recovery")
 
 
-def open_postgresql(patience: float = 0.0) -> PatientStorage:
+class ServerAwayError(UserError):
+    """The server that the environment names is not there, or only starts."""
+
+
+def open_postgresql(told: Told = unheard, patience: float = 0.0) -> PatientStorage:
     """The storage in the database that the environment names; Optuna's tables are made where there are none.
 
     Args:
+        told: hears what it waits for, also of the storage that it returns.
         patience: seconds for which a server that is only starting, or not there, is asked again.
 
     Raises:
         UserError: psycopg is missing, or the database does not let us in.
     """
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            with _connection() as connection:
-                # Two searches that begin at once would both make the tables, and one would fail.
-                connection.execute(text(f"SELECT pg_advisory_lock({_LOCK})"))
-                return PatientStorage(_URL, _arguments())
-        except UserError as error:
-            if time.monotonic() >= deadline or not any(sign in str(error) for sign in _MAY_COME_BACK):
-                raise
-            time.sleep(PAUSE_SECONDS)
+    return patiently(functools.partial(_open, told), told, patience, away=ServerAwayError)
 
 
 @contextlib.contextmanager
@@ -115,6 +111,13 @@ def postgresql_place() -> str:
     return f"service {service}" if service else f"{host}:{port}/{os.environ.get('PGDATABASE', '')}".rstrip("/")
 
 
+def _open(told: Told) -> PatientStorage:
+    with _connection() as connection:
+        # Two searches that begin at once would both make the tables, and one would fail.
+        connection.execute(text(f"SELECT pg_advisory_lock({_LOCK})"))
+        return PatientStorage(_URL, _arguments(), told)
+
+
 @contextlib.contextmanager
 def _connection() -> Iterator[Connection]:
     missing = missing_driver(POSTGRESQL)
@@ -125,10 +128,11 @@ def _connection() -> Iterator[Connection]:
         with engine.connect() as connection:
             yield connection
     except DBAPIError as error:
-        raise UserError(
-            f"search.storage: PostgreSQL at {postgresql_place()} does not let us in "
-            f"({' '.join(str(error.orig).split())}); its address and password come from the environment: set PGHOST, "
-            "PGPORT, PGUSER, PGDATABASE, and PGPASSWORD or PGPASSFILE"
+        reason = " ".join(str(error.orig).split())
+        kind = ServerAwayError if any(sign in reason for sign in _MAY_COME_BACK) else UserError
+        raise kind(
+            f"search.storage: PostgreSQL at {postgresql_place()} does not let us in ({reason}); its address and "
+            "password come from the environment: set PGHOST, PGPORT, PGUSER, PGDATABASE, and PGPASSWORD or PGPASSFILE"
         ) from None
     finally:
         engine.dispose()

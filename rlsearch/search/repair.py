@@ -9,6 +9,7 @@ from rlsearch.errors import ModelError
 from rlsearch.results import candidates, read_run
 from rlsearch.results.report import write_report
 from rlsearch.results.tables import TrialRecord
+from rlsearch.search.database import Told, unheard
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.study import RunStudy
 from rlsearch.search.unsaved import settle
@@ -30,11 +31,12 @@ class Repaired:
     lost: tuple[str, ...]
 
 
-def repair_run(run_dir: str | Path) -> Repaired:
+def repair_run(run_dir: str | Path, told: Told = unheard) -> Repaired:
     """Makes tables, TensorBoard, ``space.yaml`` and the report of a run follow from its study again.
 
     Args:
         run_dir: the run's folder; no search may be going on in it.
+        told: hears what it waits for, where the study's database is locked or away.
 
     Raises:
         UserError: there is no run, it is in use, or the study itself is damaged.
@@ -42,7 +44,7 @@ def repair_run(run_dir: str | Path) -> Repaired:
     """
     folder = RunFolder(run_dir)
     folder.check_run()
-    with folder.locked(), (study := RunStudy.open(folder.study_path)).held():
+    with folder.locked(), (study := RunStudy.open(folder.study_path, told)).held():
         mended = settle(study, folder.path)
         wrong = folder.restore_space(study.space)
         mended += [] if wrong is None else [wrong]

@@ -6,6 +6,7 @@ for what is left.
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rlsearch.errors import UserError
 from rlsearch.policy import Policy
 from rlsearch.search.cluster import Slots, check_address, gpu_memory_bytes, plan_slots, ray_cluster
 from rlsearch.search.cluster_access import OPEN_REMEDY, wants_token
+from rlsearch.search.database import Told
 from rlsearch.search.failures import storage_explained
 from rlsearch.search.observations import Observed
 from rlsearch.search.packing import largest_memory, sharing_note, start_warnings
@@ -73,7 +75,7 @@ def start_search(
     folder.check_free()
     check_storage(space.search.storage)
     prepared = prepare(space, address)
-    known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space)
+    known = [] if warm_start is None else read_warm_start(Path(warm_start), prepared.space, _teller(console))
     prepared.sampler.learn_from(known)
     with storage_explained(folder):
         doubts = [*Reach(prepared.policies, prepared.costs).check(), *_storage_doubts(prepared, folder.path)]
@@ -124,7 +126,8 @@ def resume_search(
     console = console or Console()
     folder = RunFolder(run_dir)
     folder.check_run()
-    with storage_explained(folder), folder.locked(), (study := RunStudy.open(folder.study_path)).held():
+    told = _teller(console)
+    with storage_explained(folder), folder.locked(), (study := RunStudy.open(folder.study_path, told)).held():
         folder.check_space(study.space)
         target = _target(trials, study)
         space = parse_space(study.space, str(folder.study_path))
@@ -150,6 +153,11 @@ def resume_search(
             slots = _slots(prepared, address, console)
             study.stopping = asdict(kept)  # a limit that makes no sense here has been refused by now
             return SearchSession(prepared, folder, study, slots, trainable).run(console, scratch)
+
+
+def _teller(console: Console) -> Told:
+    """Prints what the search waits for."""
+    return functools.partial(console.print, style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def _warn_if_open(address: str, console: Console) -> None:

@@ -104,7 +104,7 @@ class SearchSession:
             rules,
         )
         searcher.racing = self._racing(searcher.is_protected, searcher.is_probe)
-        self._study.on_wait(lambda why: progress.note(f"waiting for the study's database, a minute at most: {why}"))
+        self._study.on_wait(progress.note)
         with stop_requests() as request, progress:
             watch = _Watch(request, progress)
             searcher.error_of = watch.error_of

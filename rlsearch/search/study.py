@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from rlsearch.errors import RlsearchError, RunFolderError
 from rlsearch.policy import Policy
 from rlsearch.results.tables import METRICS, TrialRecord
-from rlsearch.search.database import PatientStorage
+from rlsearch.search.database import PatientStorage, Told, unheard
 from rlsearch.search.outcome import OUTCOME, Outcome
 from rlsearch.search.postgresql import held
 from rlsearch.search.sampler import Proposal
@@ -122,8 +122,12 @@ class RunStudy:
         return cls(storage, optuna.load_study(storage=storage, study_name=name), objectives)
 
     @classmethod
-    def open(cls, path: Path) -> RunStudy:
+    def open(cls, path: Path, told: Told = unheard) -> RunStudy:
         """The study of an existing run.
+
+        Args:
+            path: of the file in the run's folder.
+            told: hears what it waits for, where the database is locked or away.
 
         Raises:
             RunFolderError: the file is missing or damaged, or the study is.
@@ -133,7 +137,7 @@ class RunStudy:
         if not path.is_file():
             raise RunFolderError(f"{path}: is missing; restore it from a copy: without it nothing can be resumed")
         try:
-            storage, name = open_storage(path)
+            storage, name = open_storage(path, told)
             study = optuna.load_study(storage=storage, study_name=name)
             attributes = study.user_attrs
             if not {SPACE, _TARGET} <= set(attributes):
@@ -143,8 +147,8 @@ class RunStudy:
         except RlsearchError:
             raise
         except _UNREADABLE as error:
-            told = " ".join(str(error).split())[:300]
-            raise RunFolderError(f"{path}: is no study of a run ({told}); restore it from a copy") from None
+            reason = " ".join(str(error).split())[:300]
+            raise RunFolderError(f"{path}: is no study of a run ({reason}); restore it from a copy") from None
         return cls(storage, study, attributes[SPACE]["objectives"])
 
     @property
@@ -185,8 +189,8 @@ class RunStudy:
         """
         return held(self._storage, self._study_id)
 
-    def on_wait(self, told: Callable[[str], None]) -> None:
-        """Has ``told`` called, with the reason, whenever the database begins to keep the search waiting."""
+    def on_wait(self, told: Told) -> None:
+        """Has ``told`` called whenever the database begins to keep the search waiting."""
         self._storage.told = told
 
     def add(self, proposal: Proposal, seed: int) -> PlannedTrial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -12,7 +13,18 @@ import optuna
 
 from rlsearch.errors import RunFolderError
 from rlsearch.files import replacing, write_atomic
-from rlsearch.search.database import PATIENCE, POSTGRESQL, SQLITE, PatientStorage, open_sqlite
+from rlsearch.search.database import (
+    PATIENCE,
+    POSTGRESQL,
+    SQLITE,
+    TRY_SECONDS,
+    DatabaseAwayError,
+    PatientStorage,
+    Told,
+    open_sqlite,
+    patiently,
+    unheard,
+)
 from rlsearch.search.postgresql import open_postgresql, postgresql_place
 
 STUDY_FILES = {SQLITE: "study.db", POSTGRESQL: "study.json"}
@@ -41,16 +53,20 @@ def new_storage(path: Path, name: str) -> Iterator[PatientStorage]:
         storage.engine.dispose()
 
 
-def open_storage(path: Path) -> tuple[PatientStorage, str]:
+def open_storage(path: Path, told: Told = unheard) -> tuple[PatientStorage, str]:
     """The storage of an existing run's study, and the study's name.
+
+    Args:
+        path: of the file in the run's folder.
+        told: hears what it waits for, also of the storage that it returns.
 
     Raises:
         RunFolderError: the file is damaged, or names no study that there is.
         UserError: PostgreSQL cannot be reached.
     """
     if path.name != STUDY_FILES[POSTGRESQL]:
-        _check_intact(path)
-        storage = open_sqlite(path)
+        patiently(functools.partial(_check_intact, path), told, PATIENCE)
+        storage = open_sqlite(path, told)
         names = optuna.get_all_study_names(storage)
         if len(names) != 1:
             raise RunFolderError(f"{path}: must hold one study, has {len(names)}; restore it from a copy")
@@ -59,7 +75,7 @@ def open_storage(path: Path) -> tuple[PatientStorage, str]:
     name = content.get("study") if isinstance(content, dict) and content.get("storage") == POSTGRESQL else None
     if not isinstance(name, str):
         raise RunFolderError(f"{path}: must name a study in PostgreSQL; restore it from a copy")
-    storage = open_postgresql(PATIENCE)
+    storage = open_postgresql(told, PATIENCE)
     if name not in optuna.get_all_study_names(storage):
         raise RunFolderError(
             f"{path}: PostgreSQL at {postgresql_place()} has no study {name}; point PGHOST, PGPORT and PGDATABASE to "
@@ -69,14 +85,20 @@ def open_storage(path: Path) -> tuple[PatientStorage, str]:
 
 
 def _check_intact(path: Path) -> None:
-    """SQLite's own check of the whole file: a torn study must be named, never half read."""
+    """SQLite's own check of the whole file: a torn study must be named, never half read.
+
+    Raises:
+        DatabaseAwayError: another process has locked it.
+        RunFolderError: it is torn.
+    """
     try:
-        connection = sqlite3.connect(f"file:{path.resolve()}?mode=rw", uri=True, timeout=PATIENCE)
+        connection = sqlite3.connect(f"file:{path.resolve()}?mode=rw", uri=True, timeout=TRY_SECONDS)
         try:
             (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         finally:
             connection.close()
     except sqlite3.DatabaseError as error:
-        verdict = str(error)
+        if "locked" in (verdict := str(error)):
+            raise DatabaseAwayError(f"{path}: {verdict}") from error
     if verdict != "ok":
         raise RunFolderError(f"{path}: is damaged ({verdict}); restore it from a copy")

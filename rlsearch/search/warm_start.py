@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from rlsearch.errors import RunFolderError, UserError
 from rlsearch.policy import Policy
+from rlsearch.search.database import Told, unheard
 from rlsearch.search.observations import Observed, observe
 from rlsearch.search.run_folder import RunFolder
 from rlsearch.search.space import SearchSpace
@@ -27,12 +28,13 @@ _SECTIONS = ("model", "data", "training", "space")
 _IRRELEVANT = ("data.root", "data.download", "data.stream", "data.workers", "model.download")
 
 
-def read_warm_start(folder: Path, space: SearchSpace) -> list[Observed]:
+def read_warm_start(folder: Path, space: SearchSpace, told: Told = unheard) -> list[Observed]:
     """What the trials of an earlier run tell, those included that it began with itself.
 
     Args:
         folder: of that run; a search may be going on in it.
         space: of the new search, with its number of classes.
+        told: hears what it waits for, where that run's database is locked or away.
 
     Raises:
         RunFolderError: there is no run, it is damaged, or none of its trials was trained.
@@ -42,7 +44,7 @@ def read_warm_start(folder: Path, space: SearchSpace) -> list[Observed]:
         raise UserError("--warm-start: only search.sampler: front learns from it, with accuracy among the objectives")
     run = RunFolder(folder)
     run.check_run()
-    study = RunStudy.open(run.study_path)
+    study = RunStudy.open(run.study_path, told)
     differences = list(_differences(study.space, space.to_dict()))
     if differences:
         listed = "\n".join(f"  {line}" for line in differences)

@@ -60,7 +60,9 @@ def team(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seconds in place of a minute."""
     monkeypatch.setattr(database, "PATIENCE", 2.0)
-    monkeypatch.setattr(database, "TRY_SECONDS", 0.2)
+    monkeypatch.setattr(study_file, "PATIENCE", 2.0)
+    for module in (database, study_file):
+        monkeypatch.setattr(module, "TRY_SECONDS", 0.2)
     monkeypatch.setattr(postgresql, "TRY_SECONDS", 0.2)
 
 
@@ -124,25 +126,34 @@ def test_what_locks_the_file_for_a_while_is_waited_for(tmp_path: Path, prepared:
 
 
 @pytest.mark.parametrize("is_for_good", [False, True])
+@pytest.mark.parametrize("moment", ["the check", "right after it"])
 def test_a_file_that_is_locked_when_a_resume_opens_it_is_waited_for(
-    tmp_path: Path, prepared: Prepared, impatient: None, monkeypatch: pytest.MonkeyPatch, is_for_good: bool
+    tmp_path: Path,
+    prepared: Prepared,
+    impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    is_for_good: bool,
 ) -> None:
-    search = Search(tmp_path / "run", prepared)
+    search, told = Search(tmp_path / "run", prepared), list[str]()
     search.start("a")
-    monkeypatch.setattr(study_file, "_check_intact", lambda path: None)  # as where the lock comes right after it
+    if moment == "right after it":
+        monkeypatch.setattr(study_file, "_check_intact", lambda path: None)
     other = sqlite3.connect(search.folder.study_path, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     started = time.monotonic()
     if is_for_good:
         with pytest.raises(DatabaseAwayError, match="locked"):
-            RunStudy.open(search.folder.study_path)
+            RunStudy.open(search.folder.study_path, told.append)
         assert time.monotonic() - started >= database.PATIENCE
     else:
         timer = after(1.0, other.rollback)
-        assert RunStudy.open(search.folder.study_path).num_trials == 1
+        assert RunStudy.open(search.folder.study_path, told.append).num_trials == 1
         assert time.monotonic() - started >= 1
         timer.join()
     other.close()
+    assert len(told) == 1
+    assert re.fullmatch("waiting for the study's database, a minute at most: .*locked.*", told[0])
 
 
 def test_a_server_that_is_restarted_when_a_resume_opens_its_study_is_waited_for(
@@ -161,9 +172,11 @@ def test_a_server_that_is_restarted_when_a_resume_opens_its_study_is_waited_for(
     with pytest.raises(UserError, match="does not let us in"):
         RunStudy.open(file)
     assert time.monotonic() - started >= 3
-    timer = after(1.0, team.start)
-    assert RunStudy.open(file).num_trials == 0
+    timer, told = after(1.0, team.start), list[str]()
+    assert RunStudy.open(file, told.append).num_trials == 0
     timer.join()
+    assert len(told) == 1
+    assert "waiting for the study's database, a minute at most: search.storage: PostgreSQL at" in told[0]
 
 
 @pytest.mark.parametrize("moment", ["a proposal", "an end"])
