@@ -20,33 +20,41 @@ from rlsearch.search.study import RunStudy
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def torn(tmp_path: Path) -> Path:
+    """A run with trials that a kill has left open."""
     return studied_run(tmp_path / "run")
 
 
-def whole(run: Path) -> Repaired:
-    """The run without its open trials."""
-    repair_run(run)
-    return repair_run(run)
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = studied_run(tmp_path_factory.mktemp("repaired") / "run")
+    repair_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(repaired: Path, tmp_path: Path) -> Path:
+    """A run that was repaired."""
+    return Path(shutil.copytree(repaired, tmp_path / "run"))
 
 
 def test_a_whole_run_has_nothing_to_mend(run: Path) -> None:
-    assert whole(run) == Repaired(4, (), ())
+    assert repair_run(run) == Repaired(4, (), ())
     assert {"report.html", "front.png"} <= {path.name for path in run.iterdir()}
 
 
-def test_open_trials_are_closed_or_queued(run: Path) -> None:
-    study = RunStudy.open(run / "study.db")
+def test_open_trials_are_closed_or_queued(torn: Path) -> None:
+    study = RunStudy.open(torn / "study.db")
     study._keep(study._trial_id(5), Outcome("COMPLETE", rows(2, 0.8, 10)))
-    told = repair_run(run)
+    told = repair_run(torn)
     assert told.mended == (
         "trial 4: was left running; a resume takes it up again",
         "trial 5: had ended as COMPLETE, and was not closed",
         "tensorboard/trial-00005: is missing",
     )
     assert told.lost == ("checkpoints/trial-00005/model.safetensors: is missing; trial 5 cannot be exported",)
-    assert [record.trial for record in read_run(run).records] == [0, 1, 2, 3, 5]
-    assert len(read_epochs(epochs_path(run, 5))) == 2
+    assert [record.trial for record in read_run(torn).records] == [0, 1, 2, 3, 5]
+    assert len(read_epochs(epochs_path(torn, 5))) == 2
 
 
 DAMAGES = {
@@ -60,7 +68,6 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_was_cut_short_is_written_anew_or_told(run: Path, name: str) -> None:
-    whole(run)
     before, members = read_run(run).records, [item.trial for item in front(read_run(run))]
     content = (run / name).read_bytes()
     (run / name).write_bytes(content[: len(content) // 2])
@@ -76,7 +83,6 @@ def test_what_was_cut_short_is_written_anew_or_told(run: Path, name: str) -> Non
     "name", ["trials.parquet", "space.yaml", "epochs", "tensorboard", "epochs/trial-00003.parquet"]
 )
 def test_what_was_deleted_is_written_anew(run: Path, name: str) -> None:
-    whole(run)
     before = read_run(run).records
     shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     assert repair_run(run).mended
@@ -87,7 +93,6 @@ def test_what_was_deleted_is_written_anew(run: Path, name: str) -> None:
 
 
 def test_an_altered_search_space_is_noticed_and_mended(run: Path) -> None:
-    whole(run)
     before, file = read_run(run), run / "space.yaml"
     file.write_text(file.read_text().replace("params: minimize", "params: maximize"))
     with pytest.raises(RunFolderError, match=r"space\.yaml: was changed since .* `rlsearch repair"):
@@ -97,7 +102,6 @@ def test_an_altered_search_space_is_noticed_and_mended(run: Path) -> None:
 
 
 def test_flipped_bits_never_make_a_wrong_table(run: Path) -> None:
-    whole(run)
     before, table = read_run(run).records, run / "trials.parquet"
     content, rng = table.read_bytes(), random.Random(0)
     for place in rng.sample(range(len(content)), 8):
@@ -109,7 +113,6 @@ def test_flipped_bits_never_make_a_wrong_table(run: Path) -> None:
 
 
 def test_what_belongs_to_no_trial_and_what_a_kill_has_left_is_removed(run: Path) -> None:
-    whole(run)
     shutil.copy(epochs_path(run, 1), epochs_path(run, 77))
     (run / ".trials.parquet.abc12_x9").write_bytes(b"half")
     (run / ".study.db.abc12_x9-journal").write_bytes(b"half")
