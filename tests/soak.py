@@ -32,6 +32,7 @@ from pathlib import Path
 
 from books import check_books, compare, has_study, left_behind, planned_trials, read_ended, read_study
 from faults import RoomyDisk, faults, full_disk, kill_driver
+from optuna.trial import TrialState
 from postgresql import Server, find_programs, running_server
 from real_driver import Driver
 
@@ -141,6 +142,9 @@ class Soak:
             print(f"{name:<44} {value}")
         for line in self.differences:
             print(f"  {line}")
+        for number, trial in trials.items():
+            if trial.state != TrialState.COMPLETE:  # no difference: a process that was killed twice is not tried again
+                print(f"  trial {number}: {trial.state.name}, {trial.user_attrs.get('outcome', {}).get('reason')}")
         return dict(rows)
 
     def _measured_life(self) -> float:

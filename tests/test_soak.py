@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 from books import planned_trials, read_study
 from faults import RoomyDisk, full_disk, locked_database
-from one_process_search import search_in_one_process
+from one_process_search import end_next_trial, search_in_one_process
 from real_driver import Driver
 from soak import Soak, met_pythons_start
+
+from rlsearch.search.outcome import Outcome
 
 SOAK = Path(__file__).parent / "soak.py"
 
@@ -50,7 +52,8 @@ def test_one_kill_and_a_resume_through_the_command_line() -> None:
 def test_the_soak_names_what_is_not_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, temporary = tmp_path / "disk" / "run", tmp_path / "temporary"
     temporary.mkdir()
-    search_in_one_process(run, 2)
+    search_in_one_process(run, 2, untold=1)
+    end_next_trial(run, Outcome("FAIL", reason="worker_lost: gone").to_dict())
     soak = Soak(tmp_path, temporary, random.Random(0))
     soak.prove()
     assert soak.differences == []
@@ -58,7 +61,9 @@ def test_the_soak_names_what_is_not_in_order(tmp_path: Path, capsys: pytest.Capt
     soak.prove()
     figures = soak.report()
     assert figures["differences (0 expected)"] == len(soak.differences) > 0
-    assert "epochs/trial-00001.parquet: is missing" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "epochs/trial-00001.parquet: is missing" in told
+    assert "  trial 2: FAIL, worker_lost: gone" in told
 
 
 def test_only_a_ctrl_c_in_pythons_own_start_may_end_in_a_traceback(tmp_path: Path) -> None:

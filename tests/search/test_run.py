@@ -168,7 +168,7 @@ def test_a_search_and_more_of_it(tmp_path: Path) -> None:
         start_search(space(), folder)
 
     told, warm = quiet(), tmp_path / "warm"
-    start_search(space(search={"trials": 4, "max_concurrent": 2}), warm, warm_start=folder, console=told)
+    start_search(space(search={"trials": 4, "max_concurrent": 1}), warm, warm_start=folder, console=told)
     assert f"warm start: 7 trials of {folder}" in told.file.getvalue()
     assert len(resume_search(warm, trials="+1", console=quiet()).records) == 5
     assert len(RunStudy.open(warm / "study.db").warm_start) == 7
