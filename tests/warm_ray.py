@@ -120,7 +120,7 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
     from ray.experimental.internal_kv import _internal_kv_reset
 
     from rlsearch.search.cluster import _ENVIRONMENT
-    from rlsearch.search.watchdog import start_watchdog
+    from rlsearch.search.watchdog import note_shutdown, start_watchdog
 
     with tempfile.TemporaryDirectory(prefix="rl-warm-", dir="/tmp", ignore_cleanup_errors=True) as name:
         path, folder = f"{name}/forks", Path(name) / "ray"
@@ -161,6 +161,7 @@ def warm_ray(num_cpus: int, modules: Sequence[str], warm_up: str, *arguments: An
                     node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
                     # Or Tune, as this process ends, would ask that node for a minute and then end it with 1.
                     _internal_kv_reset()
+                    note_shutdown(folder)
                 server.kill()
                 watchdog.stdin.close()
                 watchdog.wait()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rlsearch.errors import ConfigError, Problem, SearchError, UserError
 from rlsearch.search.cluster_access import environment, private_access, wants_token
-from rlsearch.search.watchdog import start_watchdog
+from rlsearch.search.watchdog import note_shutdown, start_watchdog
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # a search phones nobody
@@ -98,6 +98,7 @@ def ray_cluster(address: str = "local", shared_bytes: int = 0) -> Iterator[Path]
         finally:
             if started:
                 ray.shutdown()
+            note_shutdown(folder)
 
 
 def check_address(address: str) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 _PATIENCE_SECONDS = 60.0
 _PAUSE_SECONDS = 0.02
 _QUIET_SECONDS = 5.0
+_SHUT_DOWN = "shut down"
 
 
 def start_watchdog(folder: Path) -> subprocess.Popen[bytes]:
@@ -41,12 +42,18 @@ def start_watchdog(folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def note_shutdown(folder: Path) -> None:
+    """Says that the cluster in ``folder`` was shut down, all of it: nothing of it only starts."""
+    with contextlib.suppress(OSError):  # where the disk is full, cleaning up takes some seconds more
+        (folder / _SHUT_DOWN).touch()
+
+
 def clean_up(folder: Path, driver: int) -> None:
     """Ends the processes of the cluster in ``folder``, all but the driver, and removes it."""
     deadline, gone_since = time.monotonic() + _PATIENCE_SECONDS, None
-    # A process of a killed driver's Ray may have neither a file there nor the folder's name for a moment as it starts,
-    # and then makes the folder anew. One that is still there has shut its Ray down, and waits for us.
-    quiet = 0.0 if os.getppid() == driver else _QUIET_SECONDS
+    # Where a driver was killed, or told to end while Ray started, a process of Ray may have neither a file there nor
+    # the folder's name for a moment as it starts, and then makes the folder anew.
+    quiet = 0.0 if (folder / _SHUT_DOWN).exists() else _QUIET_SECONDS
     while time.monotonic() < deadline:
         members = _members(folder) - {driver, os.getpid()}
         for process in members:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsearch.search.watchdog import clean_up
+from rlsearch.search.watchdog import clean_up, start_watchdog
 
 LATE = "import os, sys, time; time.sleep(1); os.makedirs(sys.argv[1], exist_ok=True); time.sleep(60)"
 HIDDEN = "import os, sys, time; time.sleep(2); os.makedirs(bytes.fromhex(sys.argv[1]).decode(), exist_ok=True)"
@@ -41,3 +41,16 @@ def test_processes_of_all_stages_are_ended_and_the_folder_stays_away(tmp_path: P
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_the_folder_of_a_driver_that_ended_while_ray_started_stays_away(tmp_path: Path) -> None:
+    """The driver waits for the watchdog; it did not shut down what it had only begun to start."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    watchdog = start_watchdog(folder)
+    starting = subprocess.Popen([sys.executable, "-c", HIDDEN, str(folder / "session").encode().hex()])
+    assert watchdog.stdin is not None
+    watchdog.stdin.close()
+    assert starting.wait() == 0
+    assert watchdog.wait() == 0
+    assert not folder.exists()
