@@ -29,8 +29,8 @@ fi
 if [ $# -gt 0 ]; then
     "$venv/bin/python" -m pytest "$@"
 else
-    # In two processes, file by file. Of one thread each: two would wait for each other on two cores. Then those that
-    # start Ray, for much of which one only waits.
+    # In two processes, file by file, of one thread each: two would wait for each other on two cores. Then those that
+    # start Ray, which takes all cores, alone.
     OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -m "not cluster" --numprocesses 2 --dist loadfile --durations 10
-    "$venv/bin/python" -m pytest -m cluster --numprocesses 2 --dist loadfile --durations 10
+    "$venv/bin/python" -m pytest -m cluster --durations 10
 fi

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from books import check_books, compare, has_study, left_behind, planned_trials, read_ended, read_study
-from faults import RoomyDisk, faults, full_disk, kill_driver
+from faults import RoomyDisk, faults, kill_driver
 from optuna.trial import TrialState
 from postgresql import Server, find_programs, running_server
 from real_driver import Driver
@@ -90,17 +90,17 @@ class Soak:
         until = time.monotonic() + 60 * minutes
         while time.monotonic() < until:
             with self._driver() as driver:
-                disk_was_full = False
+                met = set()
                 while driver.wait(self._rng.expovariate(1 / MEAN_PAUSE_SECONDS)) is None and time.monotonic() < until:
                     kind = self._rng.choice(sorted(self._kinds))
                     self._tell(kind)
                     if self._kinds[kind](driver, self.run, self._rng):
                         self.faults[kind] += 1
-                        disk_was_full |= self._kinds[kind] is full_disk
+                        met.add(kind)
                 if driver.wait(0) is None:  # the time is over
                     kill_driver(driver, self.run, self._rng)
                     self.faults["SIGKILL of the driver"] += 1
-                self._check_end(driver.wait(0), driver, _SIGNALLED | ({0, 1, 2} if disk_was_full else {0}))
+                self._check_end(driver.wait(0), driver, _SIGNALLED | {0} | self._excused(met))
 
     def in_a_row(self, kills: int) -> None:
         """So many random SIGKILLs of a driver, at moments of its whole life."""
@@ -196,6 +196,13 @@ class Soak:
             self.faults["SIGINT in Python's own start"] += 1
         elif "Traceback" in told:
             self._differ([f"a driver said: {told[-3000:]}"])
+
+    def _excused(self, met: set[str]) -> set[int]:
+        """Exit codes that the faults which a driver met account for."""
+        if "full disk" in met:
+            return {1, 2}
+        # A resume waits for its server. A new search is told at once: its address may well be wrong.
+        return {2} if "restarted database" in met and not has_study(self.run) else set()
 
     def _await_nothing_left(self) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS

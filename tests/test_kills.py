@@ -187,10 +187,11 @@ def test_thirty_kills_in_a_row_lose_nothing_and_count_nothing_twice(machine: Mac
     started = time.monotonic()
     assert drive(tmp_path / "not killed", TRIALS_A_LIFE).wait() == 0, output.read_text()
     lives, ended, kills, target = [time.monotonic() - started], read_ended(folder), [], TRIALS_A_LIFE
+    slower = 1.0  # where other work has the cores by now, a life lasts longer than those that were measured
     while len(kills) < KILLS:
         target = max(target, len(ended) + TRIALS_A_LIFE)
         started, driver = time.monotonic(), drive(folder, target)
-        if driver.wait(rng.uniform(0, 1.1 * median(lives))) is None:
+        if driver.wait(rng.uniform(0, 1.1 * slower * median(lives))) is None:
             driver.kill()
             assert driver.wait() == -9
             kills.append(len(ended))
@@ -199,6 +200,7 @@ def test_thirty_kills_in_a_row_lose_nothing_and_count_nothing_twice(machine: Mac
             lives.append(time.monotonic() - started)
         before, ended = ended, read_ended(folder)
         assert compare(before, ended) == []
+        slower = max(1.0, slower * (1.1 if len(before) == len(ended) else 0.8))
     assert len(set(kills)) > 2  # they met all parts of a life
     assert drive(folder, target).wait() == 0, output.read_text()
     assert compare(ended, read_ended(folder)) == []

@@ -19,9 +19,14 @@ class Late:
     def __del__(self, sleep=time.sleep):
         print("unloading", flush=True); sleep(0.5)
 sys.modules["late"] = Late()
+class Collected:
+    def __del__(self):
+        print("collecting", flush=True); time.sleep(20)
 if "exit" in sys.argv:
     atexit.register(lambda: (print("leaving", flush=True), time.sleep(20)))
 try:
+    if "collect" in sys.argv:
+        Collected()
     print("running", flush=True)
     time.sleep(20 if "unload" not in sys.argv else 0)
 except KeyboardInterrupt:
@@ -38,14 +43,18 @@ sys.exit(130)
         ("twice", ["running", "interrupted"]),
         ("exit", ["running", "leaving"]),
         ("unload", ["unloading"]),
+        ("collect", ["collecting"]),
     ],
 )
 def test_it_ends_at_once_and_with_130_whenever_it_comes(case: str, moments: list[str]) -> None:
     started = time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", CODE, case], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CODE, case], **pipes) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         for moment in moments:
             assert any(line.strip() == moment for line in process.stdout)
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=15) == 130
+        assert process.stderr.read() == ""
     assert time.monotonic() - started < 15
