@@ -100,7 +100,7 @@ class Soak:
                 if driver.wait(0) is None:  # the time is over
                     kill_driver(driver, self.run, self._rng)
                     self.faults["SIGKILL of the driver"] += 1
-                self._check_end(driver.wait(0), driver, _SIGNALLED | {0} | self._excused(met))
+                self._check_end(driver.wait(0), driver, _SIGNALLED | {0} | self._excused(met, driver.told()))
 
     def in_a_row(self, kills: int) -> None:
         """So many random SIGKILLs of a driver, at moments of its whole life."""
@@ -197,12 +197,13 @@ class Soak:
         elif "Traceback" in told:
             self._differ([f"a driver said: {told[-3000:]}"])
 
-    def _excused(self, met: set[str]) -> set[int]:
+    def _excused(self, met: set[str], told: str) -> set[int]:
         """Exit codes that the faults which a driver met account for."""
         if "full disk" in met:
             return {1, 2}
         # A resume waits for its server. A new search is told at once: its address may well be wrong.
-        return {2} if "restarted database" in met and not has_study(self.run) else set()
+        is_refused = "does not let us in" in told and not has_study(self.run)
+        return {2} if "restarted database" in met and is_refused else set()
 
     def _await_nothing_left(self) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
